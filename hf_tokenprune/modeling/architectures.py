@@ -1,0 +1,133 @@
+"""The only file that knows where each model family keeps its layers, attention and FFN.
+
+To add a family, add one row to `FAMILIES` and one to the table of tests (`tests/families.py`). It qualifies if its layers
+are called one after the other as `layer(hidden_states, attention_mask, ...)`, and its attention goes through transformers'
+attention interface.
+"""
+
+from dataclasses import dataclass
+
+from .errors import UnsupportedModelError
+
+SUPPORTED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Args:
+        encoder: class name of the base model.
+        layers: path from the base model to its list of layers.
+        attention: path from a layer to the module that calls the attention function.
+        cut: path from a layer to the module before which tokens leave the layer. It either takes `(context, residual)` and
+            everything after it runs on the survivors (`cut_residual`), or is the FFN, called on one tensor whose result is
+            added to a residual: then only the FFN runs on the survivors, and the others leave at the end of the layer.
+        cut_residual: which of the two `cut` is.
+        summary_tokens: so many leading tokens are there to be read by heads (CLS, ...), so they are never dropped.
+        pooled_heads: endings of class names of heads that read nothing but the first token.
+        needs: config attributes and the values they must have.
+        head_needs: the same for one head: ending of its class name, attribute, values.
+    """
+
+    encoder: str
+    layers: str = "encoder.layer"
+    attention: str = "attention.self"
+    cut: str = "attention.output"
+    cut_residual: bool = True
+    summary_tokens: int = 1
+    pooled_heads: tuple[str, ...] = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+    needs: tuple[tuple[str, tuple], ...] = (
+        ("is_decoder", (False,)),
+        ("add_cross_attention", (False,)),
+        ("chunk_size_feed_forward", (0,)),
+    )
+    head_needs: tuple[tuple[str, str, tuple], ...] = ()
+
+
+VIT = {
+    "layers": "layers",
+    "attention": "attention",
+    "cut": "mlp",
+    "cut_residual": False,
+    "pooled_heads": ("ForImageClassification",),
+    "needs": (),
+}
+
+FAMILIES = {
+    "bert": Family("BertModel"),
+    "roberta": Family("RobertaModel"),
+    "xlm-roberta": Family("XLMRobertaModel"),
+    "camembert": Family("CamembertModel"),
+    "electra": Family("ElectraModel", head_needs=(("ForMultipleChoice", "summary_type", ("first",)),)),
+    "ernie": Family("ErnieModel"),
+    "esm": Family("EsmModel"),
+    "distilbert": Family(
+        "DistilBertModel",
+        layers="transformer.layer",
+        attention="attention",
+        cut="ffn",
+        cut_residual=False,
+        needs=(("chunk_size_feed_forward", (0,)),),
+    ),
+    "modernbert": Family("ModernBertModel", layers="layers", attention="attn", cut="mlp", cut_residual=False, needs=()),
+    "vit": Family("ViTModel", **VIT),
+    "deit": Family("DeiTModel", **{**VIT, "summary_tokens": 2}),
+    "dinov2": Family(
+        "Dinov2Model", **{**VIT, "layers": "encoder.layer", "pooled_heads": (), "needs": (("drop_path_rate", (0, 0.0)),)}
+    ),
+    "siglip_vision_model": Family(
+        "SiglipVisionModel",
+        **{**VIT, "layers": "encoder.layers", "attention": "self_attn", "summary_tokens": 0, "pooled_heads": ()},
+    ),
+}
+
+
+def find_encoder(model):
+    """`(family, encoder)` of a model: its row in the table, and the base model inside it (or the model itself).
+
+    Raises:
+        UnsupportedModelError: the family is not in the table, or this model is set up in a way that cannot be packed.
+    """
+    config = getattr(model, "config", None)
+    for module in (model, *model.children()):
+        family = FAMILIES.get(getattr(getattr(module, "config", None), "model_type", None))
+        if family and family.encoder in (cls.__name__ for cls in type(module).__mro__):
+            _check(family, model, module)
+            return family, module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}) cannot be packed. Supported families: "
+        f"{', '.join(FAMILIES)}. A family is added by one row in hf_tokenprune/modeling/architectures.py."
+    )
+
+
+def _check(family, model, encoder):
+    head_needs = [(name, allowed) for ending, name, allowed in family.head_needs if type(model).__name__.endswith(ending)]
+    for name, allowed in (*family.needs, *head_needs):
+        value = getattr(encoder.config, name, allowed[0])
+        if value not in allowed:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has config.{name} = {value!r}; only {allowed[0]!r} can be packed: this package is "
+                "for encoders. Load the model with that setting, or use another model."
+            )
+    attention = encoder.config._attn_implementation
+    if attention not in (*SUPPORTED_ATTENTION, "token_pruning", None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} was loaded with attn_implementation={attention!r}, which cannot be replaced by packed "
+            f"attention. Load it with one of: {', '.join(SUPPORTED_ATTENTION)}."
+        )
+
+
+def reads_only_pooled(family, model, encoder):
+    """Does this head read nothing but the first token? Then the last layer needs to compute that token alone."""
+    if model is encoder or not family.summary_tokens:
+        return False
+    if getattr(encoder.config, "classifier_pooling", "cls") != "cls":
+        return False
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return any(name.endswith(ending) for name in names for ending in family.pooled_heads)
+
+
+def get_layers(family, encoder):
+    """The encoder's list of layers."""
+    return encoder.get_submodule(family.layers)

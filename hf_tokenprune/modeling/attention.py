@@ -1,0 +1,91 @@
+"""Attention over a packed batch, and the importance of its tokens.
+
+transformers hands `attention_mask` through to the registered attention function untouched, so a layer call puts itself
+there (see `modeling_token_pruned.LayerCall`): no state has to be found anywhere else, in a re-computed layer of gradient
+checkpointing as little as in another thread.
+"""
+
+import torch
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import AttentionInterface, AttentionMaskInterface
+
+ATTENTION = "token_pruning"
+
+
+def register_attention():
+    """Make the packed attention known to transformers under `ATTENTION`, with a mask function that keeps 2-D masks."""
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, two_dimensional_mask)
+
+
+def two_dimensional_mask(batch_size, q_length, kv_length, attention_mask=None, **_):
+    """The mask function that belongs to `attention`: hand the 2-D mask through."""
+    return attention_mask
+
+
+def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **_):
+    """The attention function: `(1, heads, T, head_dim)` three times -> `((1, T, heads, head_dim), None)`.
+
+    `attention_mask` is the layer call. A tensor or None there comes from a model that merely shares a packed model's config
+    object; it is treated as transformers' own "sdpa" would treat it.
+    """
+    if hasattr(attention_mask, "attend"):
+        return attention_mask.attend(query, key, value, dropout, scaling, sliding_window), None
+    if attention_mask is not None and attention_mask.ndim == 2:
+        attention_mask = attention_mask[:, None, None, :].bool()
+    if sliding_window is not None:
+        place = torch.arange(query.shape[2], device=query.device)
+        window = (place[:, None] - place[None, :]).abs() < sliding_window
+        attention_mask = window if attention_mask is None else attention_mask & window
+    return sdpa(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling).transpose(1, 2), None
+
+
+def packed_attention(query, key, value, batch, *, dropout=0.0, scaling=None, window=None, importance=False, first_only=False):
+    """Attend within each sequence of a packed batch.
+
+    Args:
+        query, key, value: `(1, heads, T, head_dim)`.
+        batch: the `PackedBatch`; its `weights` multiply each key's share of the softmax (a weight of 0 would be a key that
+            is not there), which makes dropping a token the exact limit of gating it.
+        window: attend to keys less than so many original positions away.
+        importance: also return the attention each token receives, mean over heads and queries.
+        first_only: only the first token of each sequence asks; the other rows of the result are zeros.
+
+    Returns:
+        `(context, importance)`: `(1, T, heads, head_dim)` and `(T,)` or None.
+    """
+    total, heads, width = query.shape[2], query.shape[1], value.shape[3]
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    window = None if window is None or window >= batch.seq_len else window
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    log_weights = None if batch.weights is None else batch.weights.log()
+    contexts, received = [], []
+    for start, count, length in batch.runs:
+        rows = slice(start, start + count * length)
+        q, k, v = (x[rows].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+        if first_only:
+            q = q[:, :, :1]
+        bias = None
+        if window is not None:
+            place = batch.positions[rows].view(count, 1, length)
+            near = (place.transpose(1, 2)[:, : q.shape[2]] - place).abs() < window
+            bias = torch.zeros(near.shape, dtype=q.dtype, device=q.device).masked_fill(~near, float("-inf"))[:, None]
+        if log_weights is not None:
+            weight = log_weights[rows].view(count, 1, 1, length)
+            bias = weight if bias is None else bias + weight
+        if importance or log_weights is not None:
+            scores = torch.matmul(q, k.transpose(-1, -2)) * scaling
+            scores = scores if bias is None else scores + bias
+            shares = scores.softmax(-1, dtype=torch.float32)
+            if importance:
+                asking = shares if batch.weights is None else shares * batch.weights[rows].view(count, 1, length, 1)
+                received.append(asking.mean((1, 2)).flatten())
+            out = torch.matmul(drop(shares, dropout).to(v.dtype), v)
+        else:
+            out = sdpa(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scaling)
+        contexts.append(out.transpose(1, 2).reshape(-1, heads, width))
+    context = torch.cat(contexts) if len(contexts) > 1 else contexts[0] if contexts else value
+    if first_only:
+        context = value.new_zeros(total, heads, width).index_copy(0, batch.first_rows, context)
+    return context[None], (torch.cat(received) if received else value.new_zeros(0)) if importance else None

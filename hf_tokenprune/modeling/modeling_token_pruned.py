@@ -1,0 +1,236 @@
+"""A transformers encoder that reads fewer tokens layer by layer.
+
+`attach` gives a model a class made for it, `TokenPruned<ItsClass>`, and a `token_pruner`. The same class is what the Hub's
+loader finds in this file by the name in `config.auto_map`: its constructor reads `config.token_pruning` and does the same.
+So each checkpoint a Trainer writes can be opened with `AutoModelFor....from_pretrained(folder, trust_remote_code=True)`.
+"""
+
+import functools
+
+import transformers
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .errors import ConfigError, UnsupportedModelError
+from .pruner import TokenPruner
+from .selectors import SELECTORS, Selector
+
+FORMAT_VERSION = 1
+
+
+class TokenPruningMixin:
+    """What every `TokenPruned...` class adds to its transformers class."""
+
+    _keys_to_ignore_on_load_unexpected = (r"token_pruner\.training\.",)
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if getattr(config, "token_pruning", None) is None:
+            config.token_pruning = make_config()
+        self.token_pruner = TokenPruner(self, read_config(config.token_pruning))
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, Selector):
+            module.reset()
+        else:
+            super()._init_weights(module)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, with the code that opens the folder beside the weights."""
+        if self._auto_class is None:
+            raise UnsupportedModelError(
+                f"{self._dense_class.__name__} is not a class that transformers' AutoModel classes know, so the saved folder could "
+                "not be opened. Use a class of transformers, or detach(model) before saving."
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+@functools.cache
+def token_pruned_class(dense_class):
+    """The class `TokenPruned<dense_class>`. It is shown under its own name but answers to the dense class's `__name__`, which
+    is how pipelines, PEFT and exporters recognise a model."""
+
+    @functools.wraps(dense_class.forward)
+    def forward(self, *args, **kwargs):
+        objective = self.token_pruner.objective
+        if objective is None or not self.training:
+            return dense_class.forward(self, *args, **kwargs)
+        return objective(self, functools.partial(dense_class.forward, self), args, kwargs)
+
+    ignored = tuple(dense_class._keys_to_ignore_on_load_unexpected or ())
+    members = {
+        "__module__": __name__,
+        "__qualname__": f"TokenPruned{dense_class.__name__}",
+        "__doc__": f"`{dense_class.__name__}` that packs its input and drops tokens at the sites of its `token_pruner`.",
+        "_dense_class": dense_class,
+        "_auto_class": _auto_class_of(dense_class),
+        "_keys_to_ignore_on_load_unexpected": [*ignored, *TokenPruningMixin._keys_to_ignore_on_load_unexpected],
+        "forward": forward,
+    }
+    return type(dense_class.__name__, (TokenPruningMixin, dense_class), members)
+
+
+def __getattr__(name):
+    dense_class = getattr(transformers, name.removeprefix("TokenPruned"), None)
+    if isinstance(dense_class, type) and issubclass(dense_class, transformers.PreTrainedModel):
+        return token_pruned_class(dense_class)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _auto_class_of(dense_class):
+    """Name of the AutoModel class that opens this class, or None."""
+    if getattr(transformers, dense_class.__name__, None) is not dense_class:
+        return None
+    for name in (name for name in dir(transformers) if name.startswith("AutoModel")):
+        names_by_type = getattr(getattr(transformers, name)._model_mapping, "_model_mapping", {})
+        entries = (entry if isinstance(entry, (tuple, list)) else (entry,) for entry in names_by_type.values())
+        if any(dense_class.__name__ in entry for entry in entries):
+            return name
+    return None
+
+
+def is_token_pruned(model):
+    """Has this model been through `attach` (or been loaded as such)? Also true for a model loaded with remote code."""
+    return hasattr(type(model), "_dense_class") and hasattr(model, "token_pruner")
+
+
+def make_config(sites=(), protected_token_ids=(), method=None):
+    """A `config.token_pruning`: plain JSON values only.
+
+    Args:
+        sites: pairs `(layer, selector)`.
+        protected_token_ids: ids of tokens that are never dropped.
+        method: how the selectors were trained, for people to read.
+    """
+    config = {
+        "version": FORMAT_VERSION,
+        "sites": [{"layer": layer, "selector": {"kind": s.kind, **s.settings()}} for layer, s in sites],
+        "protected_token_ids": list(protected_token_ids),
+    }
+    return config if method is None else {**config, "method": method}
+
+
+def read_config(config):
+    """Check a `config.token_pruning` and return it.
+
+    Raises:
+        ConfigError: it is damaged, or from a newer version of this package.
+    """
+
+    def damaged(why):
+        return ConfigError(f"config.token_pruning is damaged: {why}. Restore the config.json that was saved with the model.")
+
+    if not isinstance(config, dict):
+        raise damaged(f"it is {config!r}, not a dictionary")
+    version = config.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise damaged(f"version is {version!r}")
+    if version > FORMAT_VERSION:
+        raise ConfigError(
+            f"This model was saved in format {version} of hf_tokenprune; this code reads up to {FORMAT_VERSION}. Upgrade with "
+            "`pip install -U hf_tokenprune`, or load with trust_remote_code=True, which uses the code in the folder."
+        )
+    unknown = set(config) - {"version", "sites", "protected_token_ids", "method"}
+    if unknown:
+        raise damaged(f"unknown entries {sorted(map(str, unknown))}")
+    sites, ids = config.get("sites"), config.get("protected_token_ids")
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise damaged(f"protected_token_ids is {ids!r}, not a list of token ids")
+    if not isinstance(sites, list):
+        raise damaged(f"sites is {sites!r}, not a list")
+    seen = set()
+    for site in sites:
+        if not isinstance(site, dict) or set(site) != {"layer", "selector"} or not isinstance(site["selector"], dict):
+            raise damaged(f"{site!r} is not a site")
+        layer, selector = site["layer"], dict(site["selector"])
+        if type(layer) is not int or layer < 0 or layer in seen:
+            raise damaged(f"{layer!r} is not the number of a layer, or is listed twice")
+        seen.add(layer)
+        kind = selector.pop("kind", None)
+        if kind not in SELECTORS:
+            raise ConfigError(
+                f"config.token_pruning has a selector of kind {kind!r} at layer {layer}; known: {', '.join(sorted(SELECTORS))}."
+            )
+        try:
+            SELECTORS[kind](**selector)
+        except TypeError as error:
+            raise damaged(f"the selector at layer {layer} has the settings {selector!r} ({error})") from None
+    return config
+
+
+def attach(model, sites=(), protected_token_ids=(), method=None):
+    """Pack a model in place and put selectors at its sites. Works again on a model that has been through it.
+
+    Args:
+        model: a transformers encoder, with any head.
+        sites: a dictionary `{layer: selector}` (or pairs of them).
+        protected_token_ids: ids of tokens that are never dropped, besides the summary token.
+        method: how the selectors were trained, kept in the config for people to read.
+
+    Returns:
+        The same model, now of class `TokenPruned<its class>`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be packed.
+        ConfigError: a site is not a layer where tokens can be dropped.
+    """
+    if is_token_pruned(model):
+        detach(model)
+    sites = sorted(dict(sites).items(), key=lambda pair: pair[0])
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model. Pass the transformers model inside it."
+        )
+    config = read_config(make_config(sites, protected_token_ids, method))
+    pruner = TokenPruner(model, config)
+    for layer, selector in sites:
+        pruner.sites[str(layer)] = selector
+    pruner.to(model.device).train(model.training)
+    model.__class__ = token_pruned_class(type(model))
+    model.token_pruner = pruner
+    model.config.token_pruning = config
+    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+    return model
+
+
+def pack(model):
+    """Let a model compute on real tokens only, in place: same outputs, no training, no work on padding.
+
+    Where the head reads nothing but the pooled token, the last layer computes only that one.
+
+    Args:
+        model: a transformers encoder of a supported family, with any head. A model that is packed already is left as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: the model cannot be packed; the message names what is supported.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        >>> model = pack(BertForSequenceClassification(config))
+        >>> detach(model).config._attn_implementation
+        'sdpa'
+    """
+    return model if is_token_pruned(model) else attach(model)
+
+
+def detach(model):
+    """Undo `pack` or `attach`: the model's own class, hooks, config and attention function are back. Weights stay as they are.
+
+    Returns:
+        The same model, dense.
+    """
+    if not is_token_pruned(model):
+        return model
+    pruner = model.token_pruner
+    pruner.unhook()
+    pruner.restore_attention()
+    del model.token_pruner
+    model.__class__ = type(model)._dense_class
+    for name in ("token_pruning", "auto_map"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    return model

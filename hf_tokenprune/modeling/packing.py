@@ -1,0 +1,151 @@
+"""The packed batch: all real tokens of a batch laid end to end, without padding.
+
+A padded batch `(B, S, H)` becomes `(1, T, H)` with `T` real tokens. The sequences lie shortest first, so that sequences
+of equal length are neighbours and attention can treat them in one call.
+
+    >>> import torch
+    >>> mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    >>> batch = PackedBatch.from_mask(mask, batch_size=2, seq_len=4, device="cpu")
+    >>> batch.lengths, batch.index.tolist()
+    ([2, 3], [4, 5, 0, 1, 2])
+    >>> batch.pack(torch.arange(8.0).view(2, 4, 1)).view(-1).tolist()
+    [4.0, 5.0, 0.0, 1.0, 2.0]
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from .errors import UnsupportedInputError
+
+
+@dataclass
+class PackedBatch:
+    """Which token of the padded batch stands where in the packed one.
+
+    Args:
+        batch_size: `B` of the padded batch.
+        seq_len: `S` of the padded batch.
+        lengths: tokens per sequence, in packed order; sequences without a token are listed with 0.
+        samples: for each sequence in packed order, its row in the padded batch.
+        index: `(T,)` position of each packed token in the padded batch flattened to `B * S`.
+        dense: the packed batch is the padded batch, reshaped (no padding, nothing dropped).
+        weights: `(T,)` or None. Soft gates of a training step in (0, 1]: how much each token still counts as a key.
+    """
+
+    batch_size: int
+    seq_len: int
+    lengths: list[int]
+    samples: list[int]
+    index: torch.Tensor
+    dense: bool = False
+    weights: torch.Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_mask(cls, mask, *, batch_size, seq_len, device):
+        """Lay out a padded batch from its 2-D mask `(B, S)` (1 or True = real token), or None for no padding."""
+        everything = torch.arange(batch_size * seq_len, device=device)
+        samples = list(range(batch_size))
+        if mask is None:
+            return cls(batch_size, seq_len, [seq_len] * batch_size, samples, everything, dense=True)
+        if mask.shape != (batch_size, seq_len):
+            raise UnsupportedInputError(
+                f"attention_mask has the shape {tuple(mask.shape)}, but the inputs are {(batch_size, seq_len)}. A packed "
+                "model takes a 2-D mask with one entry per token; 3-D and 4-D masks cannot be packed."
+            )
+        mask = mask.to(device=device, dtype=torch.bool)
+        lengths = mask.sum(1).tolist()
+        if min(lengths, default=0) == seq_len:
+            return cls(batch_size, seq_len, lengths, samples, everything, dense=True)
+        index = everything[mask.reshape(-1)]
+        order = sorted(samples, key=lengths.__getitem__)
+        if order != samples:
+            pieces = index.split(lengths)
+            index = torch.cat([pieces[i] for i in order])
+        return cls(batch_size, seq_len, [lengths[i] for i in order], order, index)
+
+    @property
+    def total(self):
+        """`T`, the number of tokens in the packed batch."""
+        return self.index.shape[0]
+
+    @cached_property
+    def starts(self):
+        """Where each sequence begins in the packed batch; one entry more than there are sequences."""
+        starts = [0]
+        for length in self.lengths:
+            starts.append(starts[-1] + length)
+        return starts
+
+    @cached_property
+    def runs(self):
+        """Neighbouring sequences of equal length: `(start, count, length)` with `start` a packed position."""
+        runs = []
+        for start, length in zip(self.starts, self.lengths, strict=False):
+            if length == 0:
+                continue
+            if runs and runs[-1][2] == length:
+                runs[-1][1] += 1
+            else:
+                runs.append([start, 1, length])
+        return [tuple(run) for run in runs]
+
+    @cached_property
+    def sequence_ids(self):
+        """`(T,)` for each token, the number of its sequence in packed order."""
+        lengths = torch.tensor(self.lengths, device=self.index.device)
+        numbers = torch.arange(len(self.lengths), device=self.index.device)
+        return torch.repeat_interleave(numbers, lengths, output_size=self.total)
+
+    @cached_property
+    def places(self):
+        """`(T,)` for each token, its place within its own sequence as it is now: 0, 1, 2, ..."""
+        starts = torch.tensor(self.starts[:-1], device=self.index.device)
+        return torch.arange(self.total, device=self.index.device) - starts[self.sequence_ids]
+
+    @cached_property
+    def positions(self):
+        """`(T,)` for each token, its position in the padded sequence it came from."""
+        return self.index % self.seq_len
+
+    @cached_property
+    def first_rows(self):
+        """`(number of non-empty sequences,)` packed row of the first token of each sequence."""
+        rows = [start for start, length in zip(self.starts, self.lengths, strict=False) if length]
+        return torch.tensor(rows, dtype=torch.long, device=self.index.device)
+
+    def pack(self, padded):
+        """`(B, S, *rest)` or, for something all samples share, `(1, S, *rest)` -> `(1, T, *rest)`."""
+        if padded.shape[0] == 1 and self.batch_size > 1:
+            return padded[:, self.positions]
+        flat = padded.reshape(1, self.batch_size * self.seq_len, *padded.shape[2:])
+        return flat if self.dense else flat[:, self.index]
+
+    def unpack(self, packed, departed=()):
+        """`(1, T, H)` -> `(B, S, H)`; zeros where nothing is known.
+
+        Args:
+            packed: hidden states of the tokens of this batch.
+            departed: pairs `(index, rows)` of tokens that left earlier: flat positions `(D,)` and states `(1, D, H)`.
+        """
+        if self.dense:
+            return packed.reshape(self.batch_size, self.seq_len, packed.shape[-1])
+        index, rows = self.index, packed[0]
+        if departed:
+            index = torch.cat([index, *(where for where, _ in departed)])
+            rows = torch.cat([rows, *(states[0].to(rows.dtype) for _, states in departed)])
+        flat = rows.new_zeros(self.batch_size * self.seq_len, rows.shape[-1]).index_copy(0, index, rows)
+        return flat.view(self.batch_size, self.seq_len, -1)
+
+    def select(self, rows, weights=None):
+        """The batch of the tokens at `rows` `(K,)` (ascending) only, with `weights` `(K,)` if they are soft."""
+        kept = self.sequence_ids[rows]
+        lengths = torch.bincount(kept, minlength=len(self.lengths)).tolist()
+        chosen = PackedBatch(self.batch_size, self.seq_len, lengths, self.samples, self.index[rows], weights=weights)
+        chosen.__dict__["sequence_ids"] = kept
+        return chosen
+
+    def with_weights(self, weights):
+        """The same tokens, with other `weights` `(T,)`."""
+        return replace(self, weights=weights)

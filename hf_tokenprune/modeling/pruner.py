@@ -1,0 +1,370 @@
+"""The hooks that pack an encoder's input, drop tokens at its sites, and unpack its output.
+
+One forward is a `Forward`, one layer of it a `LayerCall`. A layer call travels through the unmodified layer as its
+`attention_mask`, so that the attention function finds it there; it decides who survives, and hooks before and after the
+layer's `cut` module (see `architectures.Family`) and the layer itself carry that out.
+"""
+
+import functools
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architectures import find_encoder, get_layers, reads_only_pooled
+from .attention import ATTENTION, packed_attention, register_attention
+from .errors import ConfigError, UnsupportedInputError
+from .packing import PackedBatch
+from .selectors import SELECTORS
+
+_active = threading.local()
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """Tokens per sequence that entered a layer, that asked in its attention, and that survived it."""
+
+    entered: list[int]
+    queries: list[int]
+    survived: list[int]
+
+
+@dataclass
+class LayerCall:
+    """One call of one layer.
+
+    Args:
+        pruner: the model's `TokenPruner`.
+        layer: the layer's number.
+        batch: the tokens that enter the layer.
+        entered: `(1, T, H)` hidden states that enter the layer.
+        protected: `(T,)` bool at a site, else None.
+        first_only: only the first token of each sequence is read after this layer.
+        rows: `(K,)` the tokens that stay, known once attention has run; None = all.
+        survivors: the tokens that leave the layer on its normal way.
+        importance: `(T,)` attention received, at a site and in a watched layer.
+    """
+
+    pruner: Any
+    layer: int
+    batch: PackedBatch
+    entered: torch.Tensor
+    protected: torch.Tensor | None = None
+    first_only: bool = False
+    rows: torch.Tensor | None = None
+    survivors: PackedBatch | None = None
+    importance: torch.Tensor | None = None
+
+    def attend(self, query, key, value, dropout, scaling, window):
+        """Attention of this layer; chooses the survivors on the way."""
+        _active.call = self
+        site = self.pruner.site(self.layer)
+        watched = self.layer in self.pruner.watched
+        context, importance = packed_attention(
+            query, key, value, self.batch,
+            dropout=dropout, scaling=scaling, window=window,
+            importance=watched or (site is not None and self.pruner.needs_importance(site)),
+            first_only=self.first_only and not watched,
+        )  # fmt: skip
+        if self.survivors is None:  # a layer that is re-computed for its gradient keeps what was chosen
+            self.importance = importance
+            self._choose(site)
+        return context
+
+    def _choose(self, site):
+        self.survivors, weights = self.batch, None
+        if self.first_only:
+            rows = self.batch.first_rows
+        elif site is None:
+            return
+        elif self.pruner.is_soft:
+            weights = self.pruner.soft[self.layer](self.importance, self.batch, self.protected)
+            if self.batch.weights is not None:
+                weights = weights * self.batch.weights
+            rows = (weights > 0).nonzero().squeeze(1)
+            weights = weights[rows]
+        else:
+            rows = site.keep(self.importance, self.batch, self.protected).nonzero().squeeze(1)
+        if rows.shape[0] < self.batch.total:
+            self.rows, self.survivors = rows, self.batch.select(rows, weights)
+        elif weights is not None:
+            self.survivors = self.batch.with_weights(weights)
+
+    def stay(self, tensor):
+        """The survivors' part of `(1, T, *rest)`."""
+        return tensor if self.rows is None else tensor.index_select(1, self.rows)
+
+    def departed(self):
+        """`(index, states)` of the tokens that leave here: they keep the hidden state they entered the layer with."""
+        gone = torch.ones(self.batch.total, dtype=torch.bool, device=self.rows.device)
+        gone[self.rows] = False
+        return self.batch.index[gone], self.entered[:, gone]
+
+    def trace(self):
+        entered = self.batch.lengths
+        asking = [min(n, 1) for n in entered] if self.first_only and self.layer not in self.pruner.watched else entered
+        return LayerTrace(entered, asking, self.survivors.lengths)
+
+
+@dataclass
+class Forward:
+    """What one pass through the encoder has to remember.
+
+    Args:
+        pruner: the model's `TokenPruner`.
+        input_ids: `(B, S)`, or None if the caller passed embeddings or pixels.
+        first_only: nothing but the first token of the last layer is read.
+        outer: the forward that this one runs inside of, on the same thread.
+        calls: one `LayerCall` per layer so far.
+        departed: for each layer that dropped tokens, `(layer, (index, states))`.
+    """
+
+    pruner: Any
+    input_ids: torch.Tensor | None
+    first_only: bool
+    return_tuple: bool
+    outer: Any = None
+    calls: list[LayerCall] = field(default_factory=list)
+    departed: list = field(default_factory=list)
+    gathered: dict = field(default_factory=dict)
+    guarded: torch.Tensor | None = None
+
+    def protected(self, batch):
+        """`(T,)` bool: summary tokens, and tokens whose id the user protects."""
+        if self.guarded is None:
+            self.guarded = torch.zeros(batch.batch_size * batch.seq_len, dtype=torch.bool, device=batch.index.device)
+            self.guarded[batch.index[batch.places < self.pruner.family.summary_tokens]] = True
+            if self.pruner.protected_ids:
+                if self.input_ids is None:
+                    raise UnsupportedInputError(
+                        f"The tokens {self.pruner.protected_ids} are protected, but this call has no input_ids to find them "
+                        "in. Pass input_ids, or attach without protected_token_ids."
+                    )
+                ids = torch.tensor(self.pruner.protected_ids, device=self.input_ids.device)
+                self.guarded |= torch.isin(self.input_ids.reshape(-1), ids)
+        return self.guarded[batch.index]
+
+    def gather(self, value, batch):
+        """Bring a rotary `(cos, sin)` pair of `(1 or B, S, D)` into packed order `(1, T, D)`."""
+        key = (id(value), id(batch))
+        if key not in self.gathered:
+            self.gathered[key] = tuple(part if part is None else batch.pack(part) for part in value)
+        return self.gathered[key]
+
+
+class TokenPruner(nn.Module):
+    """Packs an encoder's input, drops tokens at the sites and unpacks the output; `model.token_pruner`.
+
+    All that a checkpoint must hold is a parameter or buffer here: the selectors under `sites`, and under `training` what a
+    method adds while it trains. Nothing else about the model changes but its hooks and its attention function.
+
+    Attributes:
+        sites: selectors by layer number.
+        soft: by layer number, a callable `(importance, batch, protected) -> weights (T,)` in [0, 1] that stands in for the
+            selector in training mode; a token of weight 0 is dropped.
+        watched: layers whose importance is wanted, and then found in `last_forward.calls[layer].importance`.
+        objective: called instead of the model's forward in training mode, as `objective(model, forward, args, kwargs)`.
+        trace: a `LayerTrace` per layer of the latest forward.
+    """
+
+    def __init__(self, model, settings):
+        super().__init__()
+        self.family, encoder = find_encoder(model)
+        layers = get_layers(self.family, encoder)
+        self.layer_count = len(layers)
+        self.pooled_head = reads_only_pooled(self.family, model, encoder)
+        self.protected_ids = settings["protected_token_ids"]
+        self.sites = nn.ModuleDict()
+        for site in settings["sites"]:
+            self.add_site(site["layer"], SELECTORS[site["selector"]["kind"]](**_arguments(site["selector"])))
+        self.soft = {}
+        self.watched = frozenset()
+        self.objective = None
+        self.trace = []
+        self.last_forward = None
+        self.handles = []
+        self._hook(encoder, layers)
+        self.encoder_config = encoder.config
+        self.dense_attention = encoder.config._attn_implementation
+        register_attention()
+        encoder.config._attn_implementation_internal = ATTENTION
+
+    @property
+    def highest_site(self):
+        """The last layer that can be a site: a pooled head's last layer computes one token anyway."""
+        return self.layer_count - (2 if self.pooled_head else 1)
+
+    def add_site(self, layer, selector):
+        """Put a selector at a layer."""
+        if not 0 <= layer <= self.highest_site:
+            raise ConfigError(
+                f"There is a site at layer {layer}, but this model with {self.layer_count} layers can drop tokens in layers 0 to "
+                f"{self.highest_site}" + (" (its last layer computes the pooled token alone)." if self.pooled_head else ".")
+            )
+        self.sites[str(layer)] = selector
+
+    def site(self, layer):
+        """The selector of a layer, or None."""
+        name = str(layer)
+        return self.sites[name] if name in self.sites else None
+
+    @property
+    def is_soft(self):
+        """Do gates stand in for the selectors?"""
+        return bool(self.soft) and self.training
+
+    def needs_importance(self, site):
+        """Must the layer that feeds this site compute importance?"""
+        return self.is_soft or site.needs_importance
+
+    def macs(self, layer, tokens):
+        """MACs that the selector of a layer itself spends on `tokens` tokens."""
+        site = self.site(layer)
+        return 0 if site is None else site.macs(tokens)
+
+    def _hook(self, encoder, layers):
+        keep = self.handles.append
+        keep(encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True))
+        keep(encoder.register_forward_hook(self._after_encoder, always_call=True))
+        for number, layer in enumerate(layers):
+            keep(layer.register_forward_pre_hook(functools.partial(self._before_layer, number), with_kwargs=True))
+            # Before any hook of transformers that records hidden states, so that these are of the tokens that stay.
+            keep(layer.register_forward_hook(self._after_layer, prepend=True))
+            cut = layer.get_submodule(self.family.cut)
+            keep(cut.register_forward_pre_hook(self._before_cut))
+            if not self.family.cut_residual:
+                keep(cut.register_forward_hook(self._after_cut))
+
+    def unhook(self):
+        """Remove every hook."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def restore_attention(self):
+        """Give the encoder the attention function that it came with."""
+        self.encoder_config._attn_implementation_internal = self.dense_attention
+
+    # The hooks, in the order in which they run.
+
+    def _before_encoder(self, encoder, args, kwargs):
+        asked = {
+            name: kwargs.get(name, getattr(encoder.config, name, None)) not in (None, False) or kwargs.get(name) == [0]
+            for name in ("output_attentions", "output_hidden_states")
+        }
+        if asked["output_attentions"]:
+            raise UnsupportedInputError(
+                "output_attentions=True: a packed model never forms the attention matrices. Ask the dense model: "
+                "hf_tokenprune.detach(model) gives it back."
+            )
+        for name in ("past_key_values", "encoder_hidden_states", "use_cache"):
+            if kwargs.get(name) is not None and kwargs.get(name) is not False:
+                raise UnsupportedInputError(
+                    f"{name} was given, but a packed model is an encoder: it has no cache and no cross-attention."
+                )
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        is_ids = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
+        return_tuple = kwargs.get("return_dict", encoder.config.return_dict) is False
+        _active.forward = Forward(
+            self,
+            ids if is_ids else None,
+            self.pooled_head and not asked["output_hidden_states"],
+            return_tuple,
+            outer=_current(),
+        )
+        return args, {**kwargs, "return_dict": True}
+
+    def _before_layer(self, number, layer, args, kwargs):
+        forward = _active.forward
+        states = args[0] if args else kwargs["hidden_states"]
+        if number == 0:
+            mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+            batch = PackedBatch.from_mask(mask, batch_size=states.shape[0], seq_len=states.shape[1], device=states.device)
+            if self.pooled_head and not batch.dense:
+                _check_first_position(batch)
+            states = batch.pack(states)
+        else:
+            batch = forward.calls[-1].survivors
+        call = LayerCall(
+            self, number, batch, states,
+            protected=None if self.site(number) is None else forward.protected(batch),
+            first_only=forward.first_only and number == self.layer_count - 1,
+        )  # fmt: skip
+        forward.calls.append(call)
+        kwargs = {
+            name: forward.gather(value, batch) if name == "position_embeddings" and value is not None else value
+            for name, value in kwargs.items()
+            if name not in ("hidden_states", "attention_mask")
+        }
+        if len(args) > 1:
+            return (states, call, *args[2:]), kwargs
+        return (states,), {**kwargs, "attention_mask": call}
+
+    def _before_cut(self, module, args):
+        call = _active.call
+        return None if call.rows is None else tuple(call.stay(tensor) for tensor in args)
+
+    def _after_cut(self, module, args, output):
+        call = _active.call
+        if call.rows is None:
+            return None
+        return output.new_zeros(1, call.batch.total, output.shape[-1]).index_copy(1, call.rows, output)
+
+    def _after_layer(self, layer, args, output):
+        forward = _active.forward
+        call = forward.calls[-1]
+        states = output[0] if isinstance(output, tuple) else output
+        if not self.family.cut_residual:
+            states = call.stay(states)
+        if not forward.first_only:
+            if call.survivors.weights is not None:
+                weights = call.survivors.weights[:, None].to(states.dtype)
+                states = weights * states + (1 - weights) * call.stay(call.entered)
+            if call.rows is not None:
+                forward.departed.append((call.layer, call.departed()))
+        call.entered = None
+        if call.layer == self.layer_count - 1:
+            states = call.survivors.unpack(states, [gone for _, gone in forward.departed])
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def _after_encoder(self, encoder, args, output):
+        forward = _current()
+        if forward is None or forward.pruner is not self:
+            return None
+        _active.forward = forward.outer
+        _active.call = None
+        if output is None:  # the forward raised
+            return None
+        self.trace = [call.trace() for call in forward.calls]
+        self.last_forward = forward if self.training else None
+        states = getattr(output, "hidden_states", None)
+        if states is not None:
+            output.hidden_states = tuple(_padded(forward, number, state) for number, state in enumerate(states))
+        return output.to_tuple() if forward.return_tuple else output
+
+
+def _current():
+    return getattr(_active, "forward", None)
+
+
+def _arguments(selector):
+    return {name: value for name, value in selector.items() if name != "kind"}
+
+
+def _padded(forward, number, states):
+    """Entry `number` of `output_hidden_states` as `(B, S, H)`: 0 is the first layer's input, then each layer's output."""
+    first = forward.calls[0].batch
+    if states is None or states.shape[:2] == (first.batch_size, first.seq_len):
+        return states
+    batch = forward.calls[number - 1].survivors if number else first
+    return batch.unpack(states, [gone for layer, gone in forward.departed if layer < number])
+
+
+def _check_first_position(batch):
+    if (batch.positions[batch.first_rows] != 0).any():
+        raise UnsupportedInputError(
+            "attention_mask marks the first position of a sequence as padding, but this model's head reads the first position. "
+            "Pad on the right: tokenizer.padding_side = 'right'."
+        )

@@ -1,0 +1,149 @@
+"""Selectors: who survives a site.
+
+A selector sees the importance of the tokens of a packed batch and says which of them stay. All of them are deterministic,
+look at one sequence at a time, and never drop a protected token.
+"""
+
+import torch
+from torch import nn
+
+from .errors import ConfigError
+
+SELECTORS = {}
+
+
+def register_selector(cls):
+    """Make a `Selector` known under its `kind`, the word that stands for it in `config.token_pruning`."""
+    SELECTORS[cls.kind] = cls
+    return cls
+
+
+def relative_rank(importance, batch, protected):
+    """Where each token stands among the droppable tokens of its own sequence: 0 = most, 1 = least important.
+
+    A token ranked `r` of `n` (from 0) gets `(r + 0.5) / n`, so that keeping all tokens below a share `f` keeps
+    `round(f * n)` of them. Ties go to the earlier token.
+
+    Args:
+        importance: `(T,)` higher = kept longer.
+        batch: the `PackedBatch` the tokens belong to.
+        protected: `(T,)` bool; these tokens are left out of the ranking.
+
+    Returns:
+        `(rank, relative)`, both `(T,)`: the integer rank and the relative one. Neither means anything for a protected token.
+    """
+    rows, width = len(batch.lengths), max(batch.lengths, default=0)
+    score = importance.detach().float().masked_fill(protected, float("-inf"))
+    table = score.new_full((rows, width), float("-inf"))
+    table[batch.sequence_ids, batch.places] = score
+    order = table.argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand(rows, width))
+    rank = ranks[batch.sequence_ids, batch.places]
+    droppable = torch.zeros(rows, dtype=torch.long, device=order.device).index_add_(0, batch.sequence_ids, (~protected).long())
+    return rank, (rank + 0.5) / droppable[batch.sequence_ids].clamp(min=1)
+
+
+class Selector(nn.Module):
+    """Base class. A selector says which tokens of a packed batch survive its site; `keep` is all it must define."""
+
+    kind: str
+    needs_importance = True
+
+    def keep(self, importance, batch, protected):
+        """`(T,)` bool: which tokens stay. `importance` `(T,)` is None if `needs_importance` is False."""
+        raise NotImplementedError
+
+    def settings(self):
+        """What `config.token_pruning` says of this selector besides its kind."""
+        return {}
+
+    def reset(self):
+        """Give buffers that a checkpoint did not hold a defined value."""
+
+    def macs(self, tokens):
+        """MACs this selector itself spends on `tokens` tokens."""
+        return 0
+
+
+@register_selector
+class RankBins(Selector):
+    """ToP's selector (arXiv 2306.14393, section 4.2): keep or drop whole bins of relative rank.
+
+    A droppable token with relative rank `u` falls in bin `floor(u * bins)` and stays if that bin is kept.
+
+    Args:
+        bins: number of bins; bin 0 holds the most important tokens of every sequence.
+
+    Example:
+        >>> selector = RankBins(bins=4)
+        >>> selector.set_kept([True, True, False, False])   # keep the more important half
+    """
+
+    kind = "rank_bins"
+
+    def __init__(self, bins=50):
+        super().__init__()
+        if not isinstance(bins, int) or isinstance(bins, bool) or not 1 <= bins <= 10_000:
+            raise ConfigError(f"RankBins(bins={bins!r}): bins is a whole number from 1 to 10000.")
+        self.bins = bins
+        self.register_buffer("kept", torch.ones(bins, dtype=torch.int8))
+
+    def set_kept(self, kept):
+        """Say which bins are kept: `bins` booleans, bin 0 (most important) first."""
+        self.kept.copy_(torch.as_tensor(kept).to(torch.int8))
+
+    def keep(self, importance, batch, protected):
+        if self.kept.min() < 0:
+            raise ConfigError(
+                "This checkpoint does not say which tokens its sites keep (a `token_pruner.sites.*.kept` tensor is missing "
+                "from its safetensors file). Load a complete checkpoint."
+            )
+        _, relative = relative_rank(importance, batch, protected)
+        return self.kept[self.bin_of(relative)].bool() | protected
+
+    def bin_of(self, relative):
+        """`(T,)` bin of each relative rank."""
+        return (relative * self.bins).long().clamp(max=self.bins - 1)
+
+    def settings(self):
+        return {"bins": self.bins}
+
+    def reset(self):
+        self.kept.fill_(-1)
+
+
+@register_selector
+class TopK(Selector):
+    """Keep the most important tokens: a share of them, or a number.
+
+    Args:
+        keep: a float in (0, 1] keeps that share of the droppable tokens of every sequence, rounded; a whole number keeps so
+            many of them.
+
+    Example:
+        >>> TopK(keep=0.5), TopK(keep=32)
+        (TopK(keep=0.5), TopK(keep=32))
+    """
+
+    kind = "top_k"
+
+    def __init__(self, keep=0.5):
+        super().__init__()
+        whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+        share = isinstance(keep, float) and 0 < keep <= 1
+        if not (whole or share):
+            raise ConfigError(
+                f"TopK(keep={keep!r}): keep is a share in (0, 1] (a float) or a number of tokens from 1 (an int)."
+            )
+        self.share = keep
+
+    def keep(self, importance, batch, protected):
+        rank, relative = relative_rank(importance, batch, protected)
+        stays = rank < self.share if isinstance(self.share, int) else relative < self.share
+        return stays | protected
+
+    def settings(self):
+        return {"keep": self.share}
+
+    def extra_repr(self):
+        return f"keep={self.share}"
