@@ -1,8 +1,24 @@
 """hf_tokenprune: encoders that read fewer tokens layer by layer, by one Trainer callback."""
 
-from . import errors
+from . import cost, errors
+from .loading import from_pretrained
+from .methods.top import ToP
 from .modeling.modeling_token_pruned import attach, detach, pack
 from .modeling.selectors import RankBins, TopK
+from .schedule import Schedule
+from .training import TokenPruneCallback
 
 __version__ = "0.1.0"
-__all__ = ["RankBins", "TopK", "attach", "detach", "errors", "pack"]
+__all__ = [
+    "RankBins",
+    "Schedule",
+    "ToP",
+    "TokenPruneCallback",
+    "TopK",
+    "attach",
+    "cost",
+    "detach",
+    "errors",
+    "from_pretrained",
+    "pack",
+]

@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 class TokenPruningMixin:
     """What every `TokenPruned...` class adds to its transformers class."""
 
-    _keys_to_ignore_on_load_unexpected = (r"token_pruner\.training\.",)
+    _keys_to_ignore_on_load_unexpected = (r"token_pruner\.training_state\.",)
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)

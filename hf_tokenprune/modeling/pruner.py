@@ -77,7 +77,7 @@ class LayerCall:
         self.survivors, weights = self.batch, None
         if self.first_only:
             rows = self.batch.first_rows
-        elif site is None:
+        elif site is None or not self.pruner.needs_importance(site):
             return
         elif self.pruner.is_soft:
             weights = self.pruner.soft[self.layer](self.importance, self.batch, self.protected)
@@ -157,15 +157,17 @@ class Forward:
 class TokenPruner(nn.Module):
     """Packs an encoder's input, drops tokens at the sites and unpacks the output; `model.token_pruner`.
 
-    All that a checkpoint must hold is a parameter or buffer here: the selectors under `sites`, and under `training` what a
-    method adds while it trains. Nothing else about the model changes but its hooks and its attention function.
+    All that a checkpoint must hold is a parameter or buffer here: the selectors under `sites`, and under `training_state`
+    what a method adds while it trains. Nothing else about the model changes but its hooks and its attention function.
 
     Attributes:
         sites: selectors by layer number.
         soft: by layer number, a callable `(importance, batch, protected) -> weights (T,)` in [0, 1] that stands in for the
             selector in training mode; a token of weight 0 is dropped.
         watched: layers whose importance is wanted, and then found in `last_forward.calls[layer].importance`.
+        soft_in_eval: use `soft` in evaluation mode too.
         objective: called instead of the model's forward in training mode, as `objective(model, forward, args, kwargs)`.
+        meter: called with the pruner after each forward.
         trace: a `LayerTrace` per layer of the latest forward.
     """
 
@@ -180,14 +182,17 @@ class TokenPruner(nn.Module):
         for site in settings["sites"]:
             self.add_site(site["layer"], SELECTORS[site["selector"]["kind"]](**_arguments(site["selector"])))
         self.soft = {}
+        self.soft_in_eval = False
         self.watched = frozenset()
         self.objective = None
+        self.meter = None
         self.trace = []
         self.last_forward = None
         self.handles = []
         self._hook(encoder, layers)
         self.encoder_config = encoder.config
-        self.dense_attention = encoder.config._attn_implementation
+        shared = encoder.config._attn_implementation == ATTENTION  # another packed model has the same config object
+        self.dense_attention = "sdpa" if shared else encoder.config._attn_implementation
         register_attention()
         encoder.config._attn_implementation_internal = ATTENTION
 
@@ -200,8 +205,8 @@ class TokenPruner(nn.Module):
         """Put a selector at a layer."""
         if not 0 <= layer <= self.highest_site:
             raise ConfigError(
-                f"There is a site at layer {layer}, but this model with {self.layer_count} layers can drop tokens in layers 0 to "
-                f"{self.highest_site}" + (" (its last layer computes the pooled token alone)." if self.pooled_head else ".")
+                f"There is a site at layer {layer}, but this model with {self.layer_count} layers can drop tokens in layers "
+                f"0 to {self.highest_site}" + (" (its last layer computes the pooled token alone)." if self.pooled_head else ".")
             )
         self.sites[str(layer)] = selector
 
@@ -213,10 +218,10 @@ class TokenPruner(nn.Module):
     @property
     def is_soft(self):
         """Do gates stand in for the selectors?"""
-        return bool(self.soft) and self.training
+        return bool(self.soft) and (self.training or self.soft_in_eval)
 
     def needs_importance(self, site):
-        """Must the layer that feeds this site compute importance?"""
+        """Must the layer that feeds this site compute importance? If not, the site keeps every token."""
         return self.is_soft or site.needs_importance
 
     def macs(self, layer, tokens):
@@ -338,7 +343,9 @@ class TokenPruner(nn.Module):
         if output is None:  # the forward raised
             return None
         self.trace = [call.trace() for call in forward.calls]
-        self.last_forward = forward if self.training else None
+        self.last_forward = forward if self.watched else None
+        if self.meter is not None:
+            self.meter(self)
         states = getattr(output, "hidden_states", None)
         if states is not None:
             output.hidden_states = tuple(_padded(forward, number, state) for number, state in enumerate(states))

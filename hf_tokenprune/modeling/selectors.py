@@ -43,6 +43,13 @@ def relative_rank(importance, batch, protected):
     return rank, (rank + 0.5) / droppable[batch.sequence_ids].clamp(min=1)
 
 
+def always_kept(rank, batch, protected):
+    """`(T,)` bool: protected tokens, and the most important token of a sequence that has none, so that none ever ends empty."""
+    guarded = torch.zeros(len(batch.lengths), dtype=torch.bool, device=protected.device)
+    guarded[batch.sequence_ids[protected]] = True
+    return protected | ((rank == 0) & ~guarded[batch.sequence_ids])
+
+
 class Selector(nn.Module):
     """Base class. A selector says which tokens of a packed batch survive its site; `keep` is all it must define."""
 
@@ -87,19 +94,34 @@ class RankBins(Selector):
             raise ConfigError(f"RankBins(bins={bins!r}): bins is a whole number from 1 to 10000.")
         self.bins = bins
         self.register_buffer("kept", torch.ones(bins, dtype=torch.int8))
+        self._pattern = (None, [])
 
     def set_kept(self, kept):
         """Say which bins are kept: `bins` booleans, bin 0 (most important) first."""
         self.kept.copy_(torch.as_tensor(kept).to(torch.int8))
 
     def keep(self, importance, batch, protected):
-        if self.kept.min() < 0:
+        pattern = self.pattern()
+        if min(pattern) < 0:
             raise ConfigError(
                 "This checkpoint does not say which tokens its sites keep (a `token_pruner.sites.*.kept` tensor is missing "
                 "from its safetensors file). Load a complete checkpoint."
             )
-        _, relative = relative_rank(importance, batch, protected)
-        return self.kept[self.bin_of(relative)].bool() | protected
+        rank, relative = relative_rank(importance, batch, protected)
+        return self.kept[self.bin_of(relative)].bool() | always_kept(rank, batch, protected)
+
+    def pattern(self):
+        """The kept bins as a list of 1, 0 (or -1 = unknown), fetched from the device only when the buffer has changed."""
+        if self.kept.is_inference():
+            return self.kept.tolist()
+        state = (self.kept.data_ptr(), self.kept._version)
+        if self._pattern[0] != state:
+            self._pattern = (state, self.kept.tolist())
+        return self._pattern[1]
+
+    @property
+    def needs_importance(self):
+        return min(self.pattern()) < 1
 
     def bin_of(self, relative):
         """`(T,)` bin of each relative rank."""
@@ -140,7 +162,7 @@ class TopK(Selector):
     def keep(self, importance, batch, protected):
         rank, relative = relative_rank(importance, batch, protected)
         stays = rank < self.share if isinstance(self.share, int) else relative < self.share
-        return stays | protected
+        return stays | always_kept(rank, batch, protected)
 
     def settings(self):
         return {"keep": self.share}

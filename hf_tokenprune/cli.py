@@ -1,0 +1,143 @@
+"""The command line: it parses, calls the functions of this package, prints, and writes files."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .bench import DTYPES, bench, read_texts
+from .errors import ConfigError, TokenPruneError
+from .sample_text import TEXTS
+
+DESCRIPTION = "Encoders that read fewer tokens layer by layer."
+BENCH = """\
+Measure a model on this machine, on real text. Four contenders, made from the same weights, take turns on every batch:
+
+  hf_padded     the unmodified transformers model (SDPA), each batch padded to its longest text
+  hf_sorted     the same, texts sorted by length before they are put into batches
+  packed_dense  packed by this package, nothing dropped; the baseline that pruning has to beat
+  pruned        the model as it was saved (not for a model that drops no tokens)
+
+Times are milliseconds per text, tokenisation aside, and medians of the repeats."""
+EXAMPLES = """\
+examples:
+  hf-tokenprune bench pruned
+  hf-tokenprune bench pruned --data stsb/validation.parquet --columns sentence1 sentence2 --json bench.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: the process's own) and return the exit status: 0, or 1 after a line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments, shlex.join(["hf-tokenprune", *argv]))
+    except (TokenPruneError, OSError) as error:
+        print(f"hf-tokenprune: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="hf-tokenprune", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "bench",
+        help="measure a model's speed and MACs against its unmodified self",
+        description=BENCH,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("folder", metavar="FOLDER", help="a saved model (token-pruned or plain transformers) with its tokenizer")
+    add("--data", metavar="FILE", help="texts: a .parquet, .csv or .jsonl file (default: built-in sample text)")
+    add("--columns", metavar="NAME", nargs="+", default=[], help="its column with texts, or two columns for pairs")
+    add("--limit", metavar="N", type=int, default=256, help="use the first N texts (default: %(default)s)")
+    add("--batch-sizes", metavar="N", type=int, nargs="+", default=[1, 32], help="texts per batch (default: 1 32)")
+    add("--max-length", metavar="N", type=int, help="cut texts to N tokens (default: 128, or what the model can read)")
+    add("--threads", metavar="N", type=int, help="CPU threads (default: what torch uses)")
+    add("--repeats", metavar="N", type=int, default=5, help="measurements of each batch (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="number format (default: that of the saved weights)")
+    add("--device", default="cpu", help="where to run: cpu, cuda, ... (default: %(default)s)")
+    add("--json", metavar="FILE", help="also write everything that was measured to this file")
+    command.set_defaults(run=_bench)
+    return parser
+
+
+def _bench(arguments, command):
+    if arguments.limit < 1:
+        raise ConfigError(f"--limit must be a whole number from 1, not {arguments.limit}.")
+    if bool(arguments.data) != bool(arguments.columns):
+        raise ConfigError("--data and --columns belong together: a file, and its one or two columns with text.")
+    if arguments.json:
+        _check_writable(Path(arguments.json))
+    if arguments.data:
+        texts = read_texts(arguments.data, arguments.columns, limit=arguments.limit)
+    else:
+        texts = list(TEXTS[: arguments.limit])
+    result = bench(
+        arguments.folder,
+        texts,
+        batch_sizes=arguments.batch_sizes,
+        max_length=arguments.max_length,
+        threads=arguments.threads,
+        repeats=arguments.repeats,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    result["command"] = command
+    print(format_bench(result))
+    if arguments.json:
+        _write_json(result, Path(arguments.json))
+
+
+def format_bench(result: dict) -> str:
+    """What `bench` returned, as text for a terminal."""
+    width = 13
+    names = [name for name, ms in result["results"][0]["ms"].items() if ms is not None]
+    ours = names[-1]
+    last = result["results"][-1]
+    lines = [
+        f"{result['model']}: {result['class']}, {result['layers']} layers, {result['dtype']}",
+        f"{result['gpu'] or result['cpu']}, {result['threads']} threads; medians of {result['repeats']} repeats",
+        f"{result['texts']} texts of {result['tokens_per_text']:.1f} tokens on average, cut at {result['max_length']}",
+        "",
+        "ms per text".ljust(18) + "".join(name.rjust(width) for name in names),
+    ]
+    for entry in result["results"]:
+        lines.append(f"batch size {entry['batch_size']}".ljust(18) + "".join(f"{entry['ms'][n]:{width}.2f}" for n in names))
+    lines += ["", f"{ours} is faster than".ljust(18)]
+    for entry in result["results"]:
+        gains = (f"{entry['ms'][n] / entry['ms'][ours]:{width - 1}.2f}x" for n in names[:-1])
+        lines.append(f"batch size {entry['batch_size']}".ljust(18) + "".join(gains))
+    lines += [
+        "",
+        f"MACs of {ours}: {last['reduction']['true_length']:.2f}x fewer than dense on the real tokens, "
+        f"{last['reduction']['padded']:.2f}x fewer than dense padded to {result['max_length']}",
+        "tokens that leave each layer: " + " ".join(f"{tokens:.1f}" for tokens in last["tokens_per_layer"]),
+    ]
+    return "\n".join(lines)
+
+
+def _check_writable(path):
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: it is a folder, or its folder does not exist.")
+
+
+def _write_json(result, path):
+    """All or nothing: an interrupted run leaves the file as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""MACs (multiply-accumulates) of an encoder's forward, from lengths and module shapes.
+
+Counted, per layer: every `nn.Linear` (inputs x outputs, per token that runs through it), attention
+(`2 * width` per query-key pair of the same sequence, `width` = heads x head size; a sliding window saves nothing), and what a
+selector spends itself. Not counted: embeddings, norms, activations, softmax, biases and the head. FLOPs are twice the MACs.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    >>> dense_macs(BertModel(config), [3, 5]), padded_macs(BertModel(config), 2, 5)
+    ([59520, 59520], [74880, 74880])
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .errors import UnsupportedInputError, UnsupportedModelError
+from .modeling.architectures import find_encoder, get_layers
+from .modeling.pruner import LayerTrace
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer costs, in MACs.
+
+    Args:
+        before: per token that enters the layer.
+        after: per token that survives it.
+        attention: per query-key pair.
+    """
+
+    before: int
+    after: int
+    attention: int
+
+    def macs(self, *, entered: Sequence[int], queries: Sequence[int], survived: Sequence[int]) -> int:
+        """MACs of one call, from tokens per sequence: entering, asking in the attention, and surviving."""
+        pairs = sum(q * k for q, k in zip(queries, entered, strict=True))
+        return self.before * sum(entered) + self.after * sum(survived) + self.attention * pairs
+
+
+def layer_shapes(model: nn.Module) -> list[LayerShape]:
+    """The `LayerShape` of each layer of a dense or token-pruned encoder.
+
+    Raises:
+        UnsupportedModelError: the model is of no supported family, or its attention has no projection of the queries.
+    """
+    family, encoder = find_encoder(model)
+    boundary = family.attention if family.cut_residual else family.cut
+    shapes = []
+    for layer in get_layers(family, encoder):
+        total, inside = _linear_macs(layer), _linear_macs(layer.get_submodule(boundary))
+        before, after = (inside, total - inside) if family.cut_residual else (total - inside, inside)
+        shapes.append(LayerShape(before, after, 2 * _attention_width(layer.get_submodule(family.attention))))
+    return shapes
+
+
+def trace_macs(model: nn.Module, trace: Sequence[LayerTrace] | None = None) -> list[int]:
+    """MACs of each layer in a forward of a packed or token-pruned model.
+
+    Args:
+        model: a model that `pack` or `attach` has been called on.
+        trace: tokens per sequence of each layer; by default those of the model's latest forward.
+
+    Raises:
+        UnsupportedModelError: the model is dense.
+        UnsupportedInputError: it has not run yet.
+    """
+    return _trace_macs(model, layer_shapes(model), _trace_of(model) if trace is None else trace)
+
+
+def dense_macs(model: nn.Module, lengths: Sequence[int]) -> list[int]:
+    """MACs of each layer if the unmodified model ran on sequences of these lengths without any padding."""
+    return [shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in layer_shapes(model)]
+
+
+def padded_macs(model: nn.Module, batch_size: int, seq_len: int) -> list[int]:
+    """MACs of each layer if the unmodified model ran on a batch padded to `(batch_size, seq_len)`."""
+    return dense_macs(model, [seq_len] * batch_size)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs of a token-pruned model over a number of sequences, beside those of the unmodified one.
+
+    Args:
+        dense: MACs of the unmodified model on the real tokens alone.
+        padded: MACs of the unmodified model with every sequence padded to the maximal length.
+        spent: MACs of the model itself.
+        sequences: how many sequences these are sums over.
+        tokens_per_layer: for each layer, the mean number of tokens per sequence that leave it.
+    """
+
+    dense: int
+    padded: int
+    spent: int
+    sequences: int
+    tokens_per_layer: tuple[float, ...]
+
+    @property
+    def true_length_reduction(self) -> float:
+        """How many times fewer MACs than the unmodified model on the real tokens: what pruning itself saves."""
+        return self.dense / self.spent
+
+    @property
+    def padded_reduction(self) -> float:
+        """How many times fewer MACs than the unmodified model on padded sequences: what papers of this field report."""
+        return self.padded / self.spent
+
+
+class CostMeter:
+    """Adds up the cost of a packed or token-pruned model over many batches.
+
+    Args:
+        model: the model; its layers are measured now, its selectors at each update.
+        max_length: tokens that the unmodified model would pad every sequence to.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertModel
+        >>> from hf_tokenprune import pack
+        >>> model = pack(BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)))
+        >>> meter = CostMeter(model, max_length=10)
+        >>> _ = model(input_ids=torch.tensor([[5, 6, 7, 8, 9]]))
+        >>> meter.update()
+        >>> meter.cost.true_length_reduction, meter.cost.tokens_per_layer
+        (1.0, (5.0, 5.0))
+    """
+
+    def __init__(self, model: nn.Module, max_length: int):
+        self.model = model
+        self.max_length = max_length
+        self._shapes = layer_shapes(model)
+        self._dense = self._padded = self._spent = self._sequences = 0
+        self._tokens = [0] * len(self._shapes)
+
+    def update(self) -> None:
+        """Add the model's latest forward.
+
+        Raises:
+            UnsupportedModelError: the model is dense.
+            UnsupportedInputError: it has not run yet, or has read a sequence of more than `max_length` tokens.
+        """
+        trace = _trace_of(self.model)
+        lengths = trace[0].entered
+        longest = max(lengths, default=0)
+        if longest > self.max_length:
+            raise UnsupportedInputError(
+                f"A sequence has {longest} tokens, more than max_length={self.max_length}. Pass the length that the "
+                "unmodified model would pad to."
+            )
+        padded = [self.max_length] * len(lengths)
+        self._dense += sum(shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in self._shapes)
+        self._padded += sum(shape.macs(entered=padded, queries=padded, survived=padded) for shape in self._shapes)
+        self._spent += sum(_trace_macs(self.model, self._shapes, trace))
+        self._sequences += len(lengths)
+        self._tokens = [tokens + sum(layer.survived) for tokens, layer in zip(self._tokens, trace, strict=True)]
+
+    @property
+    def cost(self) -> Cost:
+        """The `Cost` so far.
+
+        Raises:
+            UnsupportedInputError: nothing has been added yet.
+        """
+        if not self._sequences:
+            raise UnsupportedInputError("No forward has been counted yet. Call update() after each forward of the model.")
+        tokens = tuple(total / self._sequences for total in self._tokens)
+        return Cost(self._dense, self._padded, self._spent, self._sequences, tokens)
+
+
+def _trace_of(model: Any) -> list[LayerTrace]:
+    pruner = getattr(model, "token_pruner", None)
+    if pruner is None:
+        raise UnsupportedModelError(f"{type(model).__name__} is dense, so it keeps no trace. Call pack(model) first.")
+    if not pruner.trace:
+        raise UnsupportedInputError("The model has not run yet, so there is nothing to count. Call it on a batch first.")
+    return pruner.trace
+
+
+def _trace_macs(model: Any, shapes: Sequence[LayerShape], trace: Sequence[LayerTrace]) -> list[int]:
+    return [
+        shape.macs(entered=layer.entered, queries=layer.queries, survived=layer.survived)
+        + model.token_pruner.macs(number, sum(layer.entered))
+        for number, (shape, layer) in enumerate(zip(shapes, trace, strict=True))
+    ]
+
+
+def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+
+
+def _linear_macs(module: nn.Module) -> int:
+    return sum(linear.in_features * linear.out_features for _, linear in _linears(module))
+
+
+def _attention_width(attention: nn.Module) -> int:
+    """Heads x head size, from the projection of the queries (or of queries, keys and values at once)."""
+    linears = _linears(attention)
+    for name, linear in linears:
+        if "qkv" in name:
+            return linear.out_features // 3
+        if name.startswith("q"):
+            return linear.out_features
+    if linears:
+        raise UnsupportedModelError(
+            f"The cost of {type(attention).__name__} is not known: none of {[name for name, _ in linears]} looks like the "
+            "projection of its queries."
+        )
+    return 0

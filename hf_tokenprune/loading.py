@@ -1,0 +1,45 @@
+"""Open a folder or Hub id with this package's code; nothing that lies in the folder is executed."""
+
+import transformers
+from transformers import AutoConfig
+
+from .errors import UnsupportedModelError
+from .modeling.modeling_token_pruned import read_config, token_pruned_class
+
+
+def from_pretrained(folder_or_id, **kwargs):
+    """Load a model that was saved token-pruned (or a plain one, which stays dense).
+
+    Args:
+        folder_or_id: a local folder, or the id of a repository on the Hub.
+        kwargs: as for `AutoModel.from_pretrained` (`revision`, `dtype`, `device_map`, ...). `trust_remote_code` is refused: this
+            function is for not trusting it.
+
+    Returns:
+        The model with the head it was saved with, in evaluation mode.
+
+    Raises:
+        ConfigError: `config.token_pruning` is damaged or from a newer version.
+        UnsupportedModelError: the config does not name a class of transformers.
+
+    Example:
+        >>> model = from_pretrained("pruned")  # doctest: +SKIP
+    """
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError(
+            "hf_tokenprune.from_pretrained never executes code from the folder. To do that, call "
+            "AutoModelFor....from_pretrained(..., trust_remote_code=True) of transformers."
+        )
+    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if name in kwargs}
+    config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False, **hub)
+    names = config.architectures or []
+    dense_class = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(dense_class, type) and issubclass(dense_class, transformers.PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"The config of {folder_or_id} names the architectures {names}; the first should be a model class of transformers."
+        )
+    settings = getattr(config, "token_pruning", None)
+    if settings is None:
+        return dense_class.from_pretrained(folder_or_id, config=config, **kwargs)
+    read_config(settings)
+    return token_pruned_class(dense_class).from_pretrained(folder_or_id, config=config, **kwargs)

@@ -1,0 +1,67 @@
+"""Bring an auxiliary loss to the optimizer through a model's output, whoever computes the main loss."""
+
+import torch
+
+
+class _Carry(torch.autograd.Function):
+    """Pass tensors through, add `auxiliary` to the first if it is the loss, and hand `auxiliary` its gradient on the way back."""
+
+    @staticmethod
+    def forward(ctx, auxiliary, has_loss, share, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.has_loss, ctx.share, ctx.like = has_loss, share, auxiliary.detach()
+        passed = [tensor.view_as(tensor) for tensor in tensors]
+        if has_loss:
+            passed[0] = tensors[0] + auxiliary.to(tensors[0].dtype)
+        return tuple(passed)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        loss = gradients[0] if ctx.has_loss else None
+        if loss is not None:
+            auxiliary = loss.to(ctx.like.dtype)
+        else:
+            auxiliary = torch.full_like(ctx.like, float(ctx.share()))
+        return (auxiliary, None, None, *gradients)
+
+
+def carry(outputs, auxiliary, *, has_loss, share):
+    """Make the gradient of `auxiliary` flow whenever something is computed from `outputs` and back-propagated.
+
+    Where the caller uses the model's own loss, `auxiliary` is part of it: it is reported with it and scaled like it. Where the
+    caller computes a loss from another output (label smoothing, `compute_loss_func`, an own `compute_loss`), the output
+    tensors are passed through, and the back-propagation that reaches one of them starts one into `auxiliary`.
+
+    Args:
+        outputs: a transformers `ModelOutput`, or a tuple.
+        auxiliary: scalar tensor.
+        has_loss: the first entry of `outputs` is the model's loss.
+        share: callable giving the weight of `auxiliary` where the model's loss is not used, because its scaling is unknown then;
+            for instance 1 / accumulation steps.
+
+    Returns:
+        Outputs of the same type.
+
+    Example:
+        >>> from transformers.modeling_outputs import BaseModelOutput
+        >>> weight = torch.ones((), requires_grad=True)
+        >>> states = torch.ones(1, 2, 3, requires_grad=True)
+        >>> outputs = carry(BaseModelOutput(states), 3 * weight, has_loss=False, share=lambda: 1.0)
+        >>> outputs.last_hidden_state.sum().backward()
+        >>> weight.grad
+        tensor(3.)
+    """
+    entries = list(outputs) if isinstance(outputs, tuple) else list(outputs.values())
+    floating = [i for i, x in enumerate(entries) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    moving = [i for i in floating if entries[i].requires_grad or (has_loss and i == 0)]
+    if not moving:
+        return outputs
+    passed = _Carry.apply(auxiliary, has_loss and moving[0] == 0, share, *(entries[i] for i in moving))
+    if isinstance(outputs, tuple):
+        for i, tensor in zip(moving, passed, strict=True):
+            entries[i] = tensor
+        return tuple(entries)
+    names = list(outputs.keys())
+    for i, tensor in zip(moving, passed, strict=True):
+        outputs[names[i]] = tensor
+    return outputs

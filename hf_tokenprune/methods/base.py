@@ -1,0 +1,179 @@
+"""What every method shares: a teacher, phases, an auxiliary loss that enters through the forward, numbers for the log.
+
+A method is two classes. Its config (`ToP`, ...) is a dataclass of settings. Its objective is made from the config for one
+model; it lives in `model.token_pruner.objective`, is called instead of the model's forward in training mode, and adds only
+mathematics to this base: which gates stand in for the selectors, and which losses.
+"""
+
+from collections import defaultdict
+
+import torch
+
+from ..losses import logit_distillation, regression_distillation
+from ..losses.carry import carry
+from ..schedule import PHASES, Moment
+
+LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
+
+
+class Objective:
+    """Runs the training forwards of one model; see the module's docstring.
+
+    Attributes:
+        moment: the phase of the current step, set by the callback.
+        teacher: a frozen packed model, or None.
+        taught: the teacher's output in the current step, or None.
+        share: weight of the auxiliary loss where the caller's own scaling is unknown (1 / accumulation steps), a callable.
+        measures_gap: in the next forward, compare the soft model with the hard one.
+    """
+
+    def __init__(self, model, distill_weight):
+        self.pruner = model.token_pruner
+        self.distill_weight = distill_weight
+        self.moment = Moment("dense", 0.0)
+        self.teacher = None
+        self.taught = None
+        self.share = lambda: 1.0
+        self.measures_gap = False
+        self._sums, self._counts = defaultdict(float), defaultdict(int)
+
+    # What a method defines.
+
+    def open_gates(self):
+        """Put gates in the place of selectors (`pruner.soft`) for one forward of the anneal phase."""
+
+    def observe(self):
+        """Look at the lengths of a training batch; runs in the dense and the anneal phase."""
+
+    def losses(self, model, kwargs):
+        """The method's own auxiliary losses after a forward: `{name: scalar tensor}`."""
+        return {}
+
+    def harden(self):
+        """Write what the gates have learned so far into the selectors."""
+
+    def parameters(self):
+        """Parameters that the method trains."""
+        return self.pruner.training_state.parameters()
+
+    def target(self):
+        """The share of MACs asked for at this moment."""
+        return 1.0
+
+    # What all methods do.
+
+    @property
+    def teacher_number(self):
+        """Fingerprint of the run's own teacher, 0 if it has none."""
+        return int(self.pruner.training_state.teacher)
+
+    @teacher_number.setter
+    def teacher_number(self, number):
+        self.pruner.training_state.teacher.fill_(number)
+
+    def state(self):
+        """Where the run is, for the log."""
+        return {"pruning_phase": PHASES.index(self.moment.phase), "macs_target": self.target()}
+
+    def __call__(self, model, forward, args, kwargs):
+        annealing = self.moment.phase == "anneal"
+        self.pruner.soft = {}
+        if annealing:
+            self.open_gates()
+        outputs = forward(*args, **kwargs)
+        if self.moment.phase != "settle":
+            self.observe()
+        terms = {}
+        # Gates get a gradient in every step of every phase, as distributed training wants.
+        total = sum((0.0 * parameter.sum() for parameter in self.parameters()), torch.zeros((), device=model.device))
+        if self.moment.phase != "dense":
+            if self.teacher is not None:
+                terms.update(self._distill(model, outputs, args, kwargs))
+            terms.update(self.losses(model, kwargs))
+            total = total + sum(terms.values())
+        for name, value in terms.items():
+            self.note(name, value.item() if not value.requires_grad else value.detach().item())
+        if self.measures_gap and annealing:
+            self.note("soft_hard_gap", self._gap(model, forward, args, kwargs))
+        self.taught = self.pruner.last_forward = None
+        self.pruner.watched = frozenset()
+        has_loss = any(kwargs.get(name) is not None for name in LABELS)
+        return carry(outputs, total * self._micro_batch_share(kwargs), has_loss=has_loss, share=self.share)
+
+    def _micro_batch_share(self, kwargs):
+        """The Trainer gives `num_items_in_batch` where the model's loss is a sum over labels divided by their number in all
+        accumulated micro-batches. An auxiliary mean over this micro-batch then counts by its part of those labels."""
+        items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+        if items is None or labels is None:
+            return 1.0
+        return labels.ne(-100).sum() / items
+
+    def _distill(self, model, outputs, args, kwargs):
+        seen = {name: value for name, value in kwargs.items() if name not in (*LABELS, "num_items_in_batch", "return_loss")}
+        with torch.no_grad():
+            taught = self.teacher(*args, **{**seen, "return_dict": True})
+        self.taught = taught
+        names = [name for name in taught if name.endswith("logits")] or ["last_hidden_state"]
+        regression = model.config.problem_type == "regression" or names == ["last_hidden_state"]
+        total = 0.0
+        for name in names:
+            student = outputs[name] if not isinstance(outputs, tuple) else _find(outputs, taught[name])
+            mask = _rows_that_count(taught[name], kwargs)
+            if mask is not None:
+                student, target = student[mask], taught[name][mask]
+            else:
+                target = taught[name]
+            total = total + (regression_distillation if regression else logit_distillation)(student, target)
+        return {"distillation": self.distill_weight * total / len(names)}
+
+    def _gap(self, model, forward, args, kwargs):
+        """How differently the soft (training) and the hard (inference) model judge this batch, without dropout: mean total
+        variation distance of their class probabilities (regression: mean absolute difference)."""
+        soft, watched = self.pruner.soft, self.pruner.watched
+        modes = {module: module.training for module in model.modules()}
+        seen = {name: value for name, value in kwargs.items() if name not in (*LABELS, "num_items_in_batch", "return_loss")}
+        found = []
+        try:
+            model.eval()
+            self.pruner.watched = frozenset()
+            with torch.no_grad():
+                for gates in (soft, {}):
+                    self.pruner.soft, self.pruner.soft_in_eval = gates, bool(gates)
+                    outputs = forward(*args, **{**seen, "return_dict": True})
+                    found.append(next((outputs[n] for n in outputs if n.endswith("logits")), outputs[next(iter(outputs))]).float())
+        finally:
+            self.pruner.soft, self.pruner.soft_in_eval, self.pruner.watched = soft, False, watched
+            for module, mode in modes.items():
+                module.training = mode
+        if model.config.problem_type == "regression":
+            return (found[0] - found[1]).abs().mean().item()
+        return (found[0].softmax(-1) - found[1].softmax(-1)).abs().sum(-1).mean().item() / 2
+
+    # Numbers for the log.
+
+    def note(self, name, value):
+        """Remember a number; the log shows its mean since the last log."""
+        self._sums[name] += value
+        self._counts[name] += 1
+
+    def pop_log(self):
+        """Means of all noted numbers since the last call."""
+        means = {name: self._sums[name] / self._counts[name] for name in self._sums}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+
+def _find(outputs, like):
+    return next(x for x in outputs if isinstance(x, torch.Tensor) and x.shape == like.shape)
+
+
+def _rows_that_count(tensor, kwargs):
+    """Mask of rows to compare: labelled ones where labels are per token, else real tokens, else (per sample) all."""
+    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+    rows = tensor.shape[:-1]
+    if labels is not None and labels.shape == rows and (labels == -100).any():
+        return labels != -100
+    if mask is not None and mask.shape == rows and tensor.dim() > 2:
+        return mask.bool()
+    return None

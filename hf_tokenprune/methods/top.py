@@ -1,0 +1,271 @@
+"""ToP: constraint-aware and ranking-distilled token pruning (Li et al., KDD 2023, arXiv 2306.14393)."""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from ..budget import Budget, Lengths
+from ..errors import ConfigError
+from ..gates import keep_probability, log_alpha_for, sample_hard_concrete, scale_rate
+from ..losses import lagrangian, ranking_distillation
+from ..modeling.modeling_token_pruned import attach
+from ..modeling.selectors import RankBins, always_kept, relative_rank
+from ..schedule import Schedule, ramp
+from .base import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToP:
+    """Learn which ranks of tokens to drop in which layer, for a given share of the dense model's MACs.
+
+    At each site the tokens of a text are ranked by the attention they receive; `rank_bins` gates say which bins of relative rank
+    survive, and one gate says whether the site prunes at all (section 4.2). The expected MACs of all gates are held to a target
+    that tightens from what the dense model spends to `target_macs` by a Lagrangian whose multipliers are learned (section 4.3).
+    The teacher's logits are distilled, and its last layer's ranking of the tokens, with LambdaARP2, into the early layers
+    (section 4.1).
+
+    Args:
+        target_macs: MACs to spend on the real tokens, as a share of the dense model's. 0.4 is 2.5 times fewer.
+        teacher: "self" (the model as it is after the dense phase of this run), a folder or Hub id, a model, or None.
+        sites: layers that may drop tokens; None = all but the first (and the last, where a pooled head reads one token).
+        rank_bins: gates per site. More are finer and slower to learn.
+        rank_topk: how many of the teacher's most important tokens the ranking loss looks at.
+        rank_weight: weight of the ranking loss at the start; it falls to 1 % of this over the annealing. 0 = none.
+        distill_weight: weight of the teacher's logits against the task's own loss of weight 1.
+        gate_lr: how far a gate (a log-odds) moves per step of an Adam-like optimizer at the peak of its schedule.
+            None = enough to cross its whole range within the anneal phase.
+        schedule: how the run's steps are shared out.
+
+    Raises:
+        ConfigError: a setting is out of range.
+
+    Example:
+        >>> ToP(target_macs=0.4, schedule=Schedule(dense=0, anneal=1, settle=1)).rank_bins
+        50
+    """
+
+    target_macs: float
+    teacher: object = "self"
+    sites: tuple[int, ...] | None = None
+    rank_bins: int = 50
+    rank_topk: int = 20
+    rank_weight: float = 0.0
+    distill_weight: float = 1.0
+    gate_lr: float | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self):
+        def refuse(name, allowed):
+            raise ConfigError(f"ToP({name}={getattr(self, name)!r}): {allowed}.")
+
+        if not _number(self.target_macs) or not 0 < self.target_macs < 1:
+            refuse("target_macs", "a share of the dense model's MACs, above 0 and below 1")
+        if self.sites is not None and (not self.sites or any(type(s) is not int or s < 0 for s in self.sites)):
+            refuse("sites", "numbers of layers (0 is the first), or None")
+        for name in ("rank_bins", "rank_topk"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 2:
+                refuse(name, "a whole number from 2")
+        for name in ("rank_weight", "distill_weight"):
+            if not _number(getattr(self, name)) or getattr(self, name) < 0:
+                refuse(name, "a number, 0 or more")
+        if self.gate_lr is not None and (not _number(self.gate_lr) or self.gate_lr <= 0):
+            refuse("gate_lr", "a number above 0, or None")
+        if isinstance(self.teacher, str) and not self.teacher:
+            refuse("teacher", '"self", a folder or Hub id, a model, or None')
+        if not isinstance(self.schedule, Schedule):
+            refuse("schedule", "a hf_tokenprune.Schedule")
+
+    def settings(self):
+        """The settings as plain values, for `config.token_pruning`."""
+        teacher = self.teacher if isinstance(self.teacher, (str, type(None))) else type(self.teacher).__name__
+        sites = None if self.sites is None else list(self.sites)
+        return {"name": "top", **{**_shallow(self), "teacher": teacher, "sites": sites, "schedule": asdict(self.schedule)}}
+
+    def attach(self, model):
+        """Pack the model, put rank-bin selectors at the sites and gates beside them.
+
+        Returns:
+            The `Objective` that trains them.
+
+        Raises:
+            UnsupportedModelError, ConfigError: as `hf_tokenprune.attach`; or the sites cannot reach `target_macs`.
+        """
+        attach(model)
+        highest = model.token_pruner.highest_site
+        sites = sorted(set(self.sites if self.sites is not None else range(1, highest + 1)))
+        if not sites:
+            raise ConfigError(
+                f"{type(model).__name__} has {model.token_pruner.layer_count} layers, too few to drop tokens after the first: "
+                "name the layers yourself, ToP(sites=(0,))."
+            )
+        attach(model, {site: RankBins(self.rank_bins) for site in sites}, method=self.settings())
+        model.token_pruner.training_state = Gates(len(sites), self.rank_bins).to(model.device)
+        objective = ToPObjective(model, self)
+        least = objective.budget.least()
+        if self.target_macs < least:
+            raise ConfigError(
+                f"ToP(target_macs={self.target_macs}) is out of reach with sites {sites}: with every token dropped at the first of "
+                f"them, {least:.3f} of the dense model's MACs are left. Ask for more, or add earlier sites."
+            )
+        model.token_pruner.objective = objective
+        return objective
+
+
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _shallow(config):
+    """A dataclass's fields as a dictionary, without copying what they hold."""
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+class Gates(nn.Module):
+    """Everything of ToP that is learned or counted besides the weights; saved in every checkpoint.
+
+    Parameters start at 0 and mean `initial + scale * parameter`.
+    """
+
+    BIN_START = 0.97
+    SITE_START = 0.97
+
+    def __init__(self, sites, bins):
+        super().__init__()
+        self.bins = nn.Parameter(torch.zeros(sites, bins))
+        self.sites = nn.Parameter(torch.zeros(sites))
+        self.multipliers = nn.Parameter(torch.zeros(2))
+        self.register_buffer("lengths", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("teacher", torch.tensor(0))
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def bin_log_alpha(self):
+        """`(sites, bins)` log-odds that a bin is kept where its site prunes."""
+        return log_alpha_for(self.BIN_START) + scale_rate(self.bins, self.scale)
+
+    def site_log_alpha(self):
+        """`(sites,)` log-odds that a site prunes."""
+        return log_alpha_for(self.SITE_START) + scale_rate(self.sites, self.scale)
+
+    def first_and_second(self):
+        """The two Lagrange multipliers."""
+        return scale_rate(self.multipliers, self.scale)
+
+    def kept(self):
+        """`(sites, bins)` probability that a token of this bin survives this site."""
+        return 1 - keep_probability(self.site_log_alpha())[:, None] * (1 - keep_probability(self.bin_log_alpha()))
+
+
+class ToPObjective(Objective):
+    """See `ToP`."""
+
+    def __init__(self, model, config):
+        super().__init__(model, config.distill_weight)
+        self.config = config
+        self.gates = self.pruner.training_state
+        self.budget = Budget(model)
+        self.sites = self.budget.sites
+        early = range(max(1, self.pruner.layer_count // 3 + 1))
+        self.early = [site for site in self.sites if site in early] or self.sites[:1]
+        self.ranks = config.rank_weight > 0
+        self.start = float(self.budget.share(torch.ones(len(self.sites)), Lengths(1, 100, 10_000)))
+
+    def start_run(self, learning_rate, anneal_steps):
+        """Fix how fast gates move, from the optimizer's own learning rate."""
+        rate = self.config.gate_lr if self.config.gate_lr is not None else min(max(20 / max(anneal_steps, 1), 0.01), 0.2)
+        self.gates.scale.fill_(rate / learning_rate)
+
+    def target(self):
+        """The share of MACs that the gates are held to at this moment."""
+        if self.moment.phase == "dense":
+            return 1.0
+        progress = self.moment.progress if self.moment.phase == "anneal" else 1.0
+        return max(ramp(progress, self.start, self.config.target_macs, warm=0.8), self.config.target_macs)
+
+    def open_gates(self):
+        if self.ranks and self.teacher is not None:
+            self.pruner.watched = frozenset(self.early)
+            self.teacher.token_pruner.watched = frozenset({self.teacher.token_pruner.layer_count - 1})
+        bins = sample_hard_concrete(self.gates.bin_log_alpha())
+        prunes = sample_hard_concrete(self.gates.site_log_alpha())
+        weights = 1 - prunes[:, None] * (1 - bins)
+        self.pruner.soft = {site: SoftBins(self.pruner.site(site), weights[i]) for i, site in enumerate(self.sites)}
+
+    def observe(self):
+        seen = Lengths.of(self.pruner.trace[0].entered, self.budget.protected)
+        self.gates.lengths += torch.tensor([seen.samples, seen.droppable, seen.squares], dtype=torch.float64)
+
+    def losses(self, model, kwargs):
+        if self.moment.phase != "anneal":
+            return {}
+        lengths = Lengths.of(self.pruner.trace[0].entered, self.budget.protected)
+        expected = self.budget.share(self.gates.kept().mean(1), lengths)
+        target = self.target()
+        first, second = self.gates.first_and_second()
+        self.note("macs_expected", expected.item())
+        terms = {"lagrangian": lagrangian(expected, target, first, second).float()}
+        if self.ranks and self.taught is not None:
+            weight = ramp(self.moment.progress, self.config.rank_weight, 0.01 * self.config.rank_weight)
+            terms["ranking"] = weight * self._ranking()
+        return terms
+
+    def _ranking(self):
+        """Ranking loss of the early layers against the order of the teacher's last layer, mean over layers."""
+        last = self.teacher.token_pruner.last_forward.calls[-1]
+        target, _ = _to_padded(last)
+        losses = []
+        for layer in sorted(self.early):
+            call = self.pruner.last_forward.calls[layer]
+            scores, mask = _to_padded(call)
+            losses.append(ranking_distillation(scores, target, mask, top_k=self.config.rank_topk))
+        return torch.stack(losses).mean()
+
+    def harden(self):
+        """Keep the most probable bins, as many as the target allows on texts as long as those seen so far.
+
+        The hard model thus spends the target exactly, whatever the gates' probabilities add up to.
+        """
+        with torch.no_grad():
+            kept = self.gates.kept()
+            seen = self.gates.lengths
+            if self.moment.phase == "dense" or seen[0] == 0:
+                pattern = torch.ones_like(kept, dtype=torch.bool)
+            else:
+                pattern = self._most_probable(kept, Lengths(*seen.tolist()), self.target())
+            for i, site in enumerate(self.sites):
+                self.pruner.site(site).set_kept(pattern[i])
+
+    def _most_probable(self, kept, lengths, target):
+        # Where gates are equal, as at the start, the more important bin survives.
+        kept = kept.double() + 1e-6 * torch.linspace(1, 0, kept.shape[1], dtype=torch.float64, device=kept.device)
+        levels = kept.flatten().unique().tolist()  # ascending: the higher the level, the fewer bins survive
+        low, high = 0, len(levels)
+        while low < high:
+            middle = (low + high) // 2
+            if self.budget.share((kept >= levels[middle]).float().mean(1), lengths) <= target:
+                high = middle
+            else:
+                low = middle + 1
+        return kept >= levels[low] if low < len(levels) else torch.zeros_like(kept, dtype=torch.bool)
+
+
+def _to_padded(call):
+    """A layer's importance as `(B, S)`, and which of these entries are droppable tokens that it saw."""
+    batch, protected = call.batch, call.pruner.family.summary_tokens
+    size = batch.batch_size * batch.seq_len
+    flat = call.importance.new_zeros(size).index_copy(0, batch.index, call.importance)
+    mask = torch.zeros(size, dtype=torch.bool, device=flat.device)
+    mask[batch.index[batch.places >= protected]] = True
+    return flat.view(batch.batch_size, -1), mask.view(batch.batch_size, -1)
+
+
+class SoftBins:
+    """A site's gates in training: the weight of each token is that of the bin its relative rank falls in."""
+
+    def __init__(self, selector, weights):
+        self.selector, self.weights = selector, weights
+
+    def __call__(self, importance, batch, protected):
+        rank, relative = relative_rank(importance, batch, protected)
+        weights = self.weights[self.selector.bin_of(relative)]
+        return torch.where(always_kept(rank, batch, protected), torch.ones_like(weights), weights)

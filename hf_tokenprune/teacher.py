@@ -1,0 +1,87 @@
+"""Teachers: a frozen, packed, dense copy of a model, and where the "self" teacher of a run is kept."""
+
+import copy
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .errors import TrainingError
+from .loading import from_pretrained
+from .modeling.modeling_token_pruned import is_token_pruned, pack
+
+FOLDER = "teacher"
+
+
+def dense_copy(model):
+    """A packed copy of a model without its sites, in evaluation mode and without gradients."""
+    pruned = is_token_pruned(model)
+    config = copy.deepcopy(model.config)
+    for name in ("token_pruning", "auto_map"):
+        if hasattr(config, name):
+            delattr(config, name)
+    dense_class = type(model)._dense_class if pruned else type(model)
+    twin = dense_class._from_config(config, attn_implementation="sdpa", dtype=model.dtype)
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("token_pruner.")})
+    return freeze(twin.to(model.device))
+
+
+def freeze(model):
+    """Pack a model in place; evaluation mode, no gradients."""
+    return pack(model).eval().requires_grad_(False)
+
+
+def save_teacher(teacher, output_dir):
+    """Write the teacher to `output_dir/teacher`, all or nothing.
+
+    Returns:
+        A number that tells this teacher from any other, for `load_teacher`.
+    """
+    target = Path(output_dir) / FOLDER
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=target.parent))
+    try:
+        teacher.save_pretrained(temporary)
+        number = _fingerprint(temporary)
+        if target.exists():
+            if _fingerprint(target) == number:
+                return number
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        return number
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_teacher(output_dir, number, device):
+    """The teacher that `save_teacher` wrote.
+
+    Raises:
+        TrainingError: it is not there, or is another run's.
+    """
+    folder = Path(output_dir) / FOLDER
+    if not (folder / "model.safetensors").exists() and not list(folder.glob("*.safetensors")):
+        raise TrainingError(
+            f"The run to resume has left its dense phase and needs its teacher, but there is none in {folder}. Put the folder back "
+            "that this run wrote there, or name a teacher: ToP(teacher='path/to/it')."
+        )
+    if number and _fingerprint(folder) != number:
+        raise TrainingError(
+            f"{folder} holds the teacher of another run than the checkpoint to resume. Use one output_dir per run, or name the "
+            "right teacher: ToP(teacher='path/to/it')."
+        )
+    return freeze(from_pretrained(folder).to(device))
+
+
+def find_teacher(teacher, device):
+    """A teacher given by the user, as a model or by folder or Hub id, ready to teach."""
+    model = from_pretrained(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
+    return dense_copy(model.to(device) if isinstance(teacher, (str, os.PathLike)) else model).to(device)
+
+
+def _fingerprint(folder):
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return int.from_bytes(digest.digest()[:7], "big")

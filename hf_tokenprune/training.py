@@ -1,0 +1,171 @@
+"""One callback for an unmodified `transformers.Trainer`."""
+
+import sys
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from .cost import dense_macs, trace_macs
+from .errors import TrainingError
+from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
+
+
+class TokenPruneCallback(TrainerCallback):
+    """Train a model to drop tokens, by any method of this package, within one ordinary `trainer.train()`.
+
+    Give it to the Trainer's constructor. There the model becomes `TokenPruned<its class>`, with gates among its parameters,
+    before the optimizer is made. Every checkpoint the Trainer writes is a complete model that loads with
+    `AutoModelFor....from_pretrained(folder, trust_remote_code=True)`, and resumes exactly.
+
+    Args:
+        method: a method's config, e.g. `ToP(target_macs=0.4)`.
+
+    Raises:
+        UnsupportedModelError, ConfigError: from the Trainer's constructor: the model or the settings do not fit.
+        TrainingError: the callback was added too late, or the Trainer is set up in a way that cannot work.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data,  # doctest: +SKIP
+        ...                   callbacks=[TokenPruneCallback(ToP(target_macs=0.4))])
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(self, method):
+        if not hasattr(method, "attach") or not hasattr(method, "schedule"):
+            raise TrainingError(f"TokenPruneCallback({method!r}): give it a method, for instance ToP(target_macs=0.4).")
+        self.method = method
+        self.model = None
+        self.objective = None
+        self.total = 0
+        self.meters = {True: _Meter(), False: _Meter()}
+
+    def attach(self, model):
+        """Prepare a model. The Trainer's constructor does it through this callback; call it yourself where the optimizer is made
+        before that (`optimizers=(...)`) or where the model is made anew (`model_init`)."""
+        self.model = model
+        self.objective = self.method.attach(model)
+        model.token_pruner.meter = self._measure
+        return model
+
+    # Events of the Trainer, in the order in which they come.
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if args.n_gpu > 1:
+            raise TrainingError(
+                "This Trainer would use DataParallel over several GPUs, which copies the model in every step and loses what the "
+                "hooks learn. Start the script with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        if model is not self.model:
+            self.attach(model)
+        _log_first(self)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.model is None or model is not self.model:
+            raise TrainingError(
+                "TokenPruneCallback has not prepared the model that is to be trained: it was added with add_callback, or model_init "
+                "made a new model. Pass it as Trainer(callbacks=[...]), and with model_init let that function return "
+                "callback.attach(model)."
+            )
+        group = _group_of(optimizer, self.objective.parameters())
+        self.total = state.max_steps
+        dense, anneal = self.method.schedule.ends(self.total)
+        self.objective.start_run(group.get("initial_lr", group["lr"]), anneal - dense)
+        self.objective.share = lambda: _loss_scale(optimizer) / args.gradient_accumulation_steps
+        if self.method.teacher not in ("self", None):
+            self.objective.teacher = find_teacher(self.method.teacher, model.device)
+        elif self.method.teacher == "self" and state.global_step > dense:
+            self.objective.teacher = load_teacher(args.output_dir, self.objective.teacher_number, model.device)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        step, (dense, _) = state.global_step, self.method.schedule.ends(self.total)
+        if step == dense and self.method.teacher == "self":
+            self.objective.teacher = dense_copy(model)
+            if state.is_world_process_zero:
+                self.objective.teacher_number = save_teacher(self.objective.teacher, args.output_dir)
+        self.objective.moment = self.method.schedule.at(step, self.total)
+        self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.objective.moment.phase != "settle":
+            self.objective.moment = self.method.schedule.at(state.global_step, self.total)
+            self.objective.harden()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.objective is None or logs is None:
+            return
+        if "loss" in logs:
+            numbers = {**self.objective.state(), **self.objective.pop_log(), **self.meters[True].pop()}
+        elif any(name.startswith("eval_") for name in logs):
+            numbers = {f"eval_{name}": value for name, value in self.meters[False].pop().items()}
+        else:
+            return
+        logs.update(numbers)
+        if state.log_history:
+            state.log_history[-1].update(numbers)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.objective.teacher = None
+
+    def _measure(self, pruner):
+        self.meters[self.model.training].add(self.model, pruner.trace)
+
+
+class _Meter:
+    """MACs and tokens really spent since the last look."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.spent = self.dense = 0
+        self.tokens = None
+
+    def add(self, model, trace):
+        lengths = trace[0].entered
+        self.spent += sum(trace_macs(model, trace))
+        self.dense += sum(dense_macs(model, lengths))
+        tokens = [sum(lengths), *(sum(layer.survived) for layer in trace)]
+        self.tokens = tokens if self.tokens is None else [a + b for a, b in zip(self.tokens, tokens, strict=True)]
+
+    def pop(self):
+        """`macs_realised`, the share of the dense model's MACs; `tokens_after_<layer>`, the share of tokens that survived it."""
+        if not self.dense:
+            return {}
+        numbers = {"macs_realised": self.spent / self.dense}
+        for layer, tokens in enumerate(self.tokens[1:]):
+            numbers[f"tokens_after_{layer}"] = tokens / max(self.tokens[0], 1)
+        self.clear()
+        return numbers
+
+
+def _group_of(optimizer, parameters):
+    """The optimizer's group that holds the gates.
+
+    Raises:
+        TrainingError: it holds none of them.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    held = [group for group in optimizer.param_groups if wanted & {id(p) for p in group["params"]}]
+    if not held:
+        raise TrainingError(
+            "The optimizer was made before the gates existed, so it would never train them. Pass the callback as "
+            "Trainer(callbacks=[...]); if you make the optimizer yourself, call callback.attach(model) before that."
+        )
+    return held[0]
+
+
+def _loss_scale(optimizer):
+    """What mixed precision in fp16 multiplies the loss by; 1 otherwise."""
+    scaler = getattr(optimizer, "scaler", None)
+    return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+
+
+def _log_first(callback):
+    """Move a callback to the front of the Trainer's list, so that what it adds to the logs reaches TensorBoard, W&B and all others.
+
+    The list is found in the handler that is calling right now; where it is another kind of handler, the order stays.
+    """
+    handler = sys._getframe(2).f_locals.get("self")
+    if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)

@@ -1,0 +1,111 @@
+"""Gates: the hard concrete distribution behaves as its closed forms say, and `scale_rate` is a learning rate."""
+
+import doctest
+import math
+
+import pytest
+import torch
+
+from hf_tokenprune import errors, gates
+
+ENDS = torch.tensor([-4.0, -1.0, 0.0, 1.5, 4.0])
+
+
+def test_examples():
+    results = doctest.testmod(gates)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("log_alpha", [-3.0, -1.0, 0.0, 1.5])
+def test_frequency_of_open_gates_is_keep_probability(log_alpha):
+    draws = 200_000
+    open_gates = (gates.sample_hard_concrete(torch.full((draws,), log_alpha)) > 0).double().mean().item()
+    probability = gates.keep_probability(torch.tensor(log_alpha)).item()
+    assert abs(open_gates - probability) < 3 * math.sqrt(probability * (1 - probability) / draws)
+
+
+def test_sample_is_the_formula_by_hand():
+    log_alpha, noise = 0.3, 0.4
+    concrete = 1 / (1 + math.exp(-(math.log(noise / (1 - noise)) + log_alpha) / (2 / 3)))
+    z = gates.sample_hard_concrete(torch.tensor(log_alpha), noise=torch.tensor(noise))
+    assert z.item() == pytest.approx(concrete * 1.2 - 0.1, abs=1e-6)
+
+
+def test_samples_reach_both_ends_and_never_leave_them():
+    z = gates.sample_hard_concrete(torch.zeros(10_000))
+    assert z.min() == 0
+    assert z.max() == 1
+    assert ((z > 0) & (z < 1)).any()
+
+
+def test_noise_at_its_ends_is_harmless():
+    log_alpha = torch.tensor([0.0, 0.0, 20.0, -20.0], requires_grad=True)
+    z = gates.sample_hard_concrete(log_alpha, noise=torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    z.sum().backward()
+    assert z.tolist() == [0, 1, 1, 0]
+    assert log_alpha.grad.tolist() == [0, 0, 0, 0]
+
+
+def test_gradients():
+    log_alpha = torch.tensor([-0.5, 0.1, 0.7], dtype=torch.float64, requires_grad=True)
+    noise = torch.tensor([0.6, 0.5, 0.3], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a: gates.sample_hard_concrete(a, noise=noise), log_alpha)
+    assert torch.autograd.gradcheck(gates.keep_probability, log_alpha)
+    assert torch.autograd.gradcheck(gates.median_gate, log_alpha)
+
+
+def test_a_closed_gate_has_no_gradient():
+    log_alpha = torch.tensor([-6.0, 0.0], requires_grad=True)
+    gates.sample_hard_concrete(log_alpha, noise=torch.tensor([0.5, 0.5])).sum().backward()
+    assert log_alpha.grad[0] == 0
+    assert log_alpha.grad[1] > 0
+
+
+@pytest.mark.parametrize("function", [gates.sample_hard_concrete, gates.keep_probability, gates.median_gate])
+def test_half_precision_is_computed_in_float32(function):
+    assert function(ENDS.bfloat16()).dtype == torch.float32
+    assert function(ENDS.double()).dtype == torch.float64
+
+
+def test_median_gate_is_symmetric_and_closes_at_log_one_eleventh():
+    torch.testing.assert_close(gates.median_gate(ENDS) + gates.median_gate(-ENDS), torch.ones(5))
+    edge = -math.log(11)
+    assert gates.median_gate(torch.tensor(edge - 1e-3)) == 0
+    assert gates.median_gate(torch.tensor(edge + 1e-3)) > 0
+    assert gates.keep_probability(torch.tensor(edge)).item() == pytest.approx(0.310, abs=5e-4)
+
+
+@pytest.mark.parametrize("probability", [1e-6, 0.05, 0.5, 0.95, 0.999999])
+def test_log_alpha_for_is_the_inverse_of_keep_probability(probability):
+    log_alpha = gates.log_alpha_for(probability)
+    assert isinstance(log_alpha, float)
+    assert gates.keep_probability(torch.tensor(log_alpha, dtype=torch.float64)).item() == pytest.approx(probability)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0, -0.1, 1.1, math.nan, 1, True, "0.5", None])
+def test_log_alpha_for_refuses_what_is_no_probability_of_both(probability):
+    with pytest.raises(errors.ConfigError, match="above 0 and below 1"):
+        gates.log_alpha_for(probability)
+
+
+def test_scale_rate_scales_forward_only():
+    parameter = torch.tensor([1.0, -2.0], requires_grad=True)
+    scaled = gates.scale_rate(parameter, 500.0)
+    (scaled * torch.tensor([3.0, 4.0])).sum().backward()
+    assert scaled.tolist() == [500, -1000]
+    assert parameter.grad.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_scale_rate_is_a_learning_rate(optimizer):
+    """A gate with `scale` ends where a plain parameter ends whose learning rate is `scale` times as high."""
+    plain, stored = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (2.0, 0.0))
+    slow, fast = optimizer([stored], lr=1e-4), optimizer([plain], lr=1e-2)
+    for _ in range(30):
+        for weight, value, step in ((plain, plain, fast), (stored, 2.0 + gates.scale_rate(stored, 100.0), slow)):
+            weight.grad = None
+            (value**2).backward()
+            step.step()
+    assert plain.item() < 1.9
+    assert (2.0 + 100.0 * stored).item() == pytest.approx(plain.item(), abs=1e-6)

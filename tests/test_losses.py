@@ -1,0 +1,233 @@
+"""Losses against hand calculations, slow references and numerical gradients."""
+
+import doctest
+import importlib
+import math
+import warnings
+
+import pytest
+import torch
+
+from hf_tokenprune import losses
+
+
+@pytest.mark.parametrize("module", ["constraint", "distillation", "ranking"])
+def test_examples(module):
+    results = doctest.testmod(importlib.import_module(f"hf_tokenprune.losses.{module}"))
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+# constraint
+
+
+@pytest.mark.parametrize("value", [0.2, 0.9])
+def test_lagrangian_descends_on_the_value_and_ascends_on_the_multipliers(value):
+    value, first, second = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (value, -0.7, 3.0))
+    loss = losses.lagrangian(value, 0.5, first, second)
+    loss.backward()
+    violation = value.item() - 0.5
+    assert loss.item() == pytest.approx(-0.7 * violation + 3.0 * violation**2)
+    assert value.grad.item() == pytest.approx(-0.7 + 2 * 3.0 * violation)
+    assert first.grad.item() == pytest.approx(-violation)
+    assert second.grad.item() == pytest.approx(-(violation**2))
+
+
+def test_one_minimising_optimizer_meets_the_constraint():
+    """Minimise (a - 1)^2 + (b - 2)^2 under a + b = 1: the optimum is a = 0, b = 1 with a first multiplier of 2."""
+    a, b, first, second = (torch.zeros((), requires_grad=True) for _ in range(4))
+    optimizer = torch.optim.Adam([a, b, first, second], lr=0.02, foreach=True)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        ((a - 1) ** 2 + (b - 2) ** 2 + losses.lagrangian(a + b, 1.0, first, second)).backward()
+        optimizer.step()
+    for found, optimum in ((a, 0.0), (b, 1.0), (first, 2.0)):
+        assert found.item() == pytest.approx(optimum, abs=1e-2)
+
+
+# distillation
+
+
+def test_logit_distillation_by_hand():
+    student, teacher, temperature = [1.0, -1.0, 0.5], [0.2, 0.4, -2.0], 3.0
+
+    def softened(logits):
+        weights = [math.exp(x / temperature) for x in logits]
+        return [w / sum(weights) for w in weights]
+
+    expected = temperature**2 * sum(p * math.log(p / q) for p, q in zip(softened(teacher), softened(student), strict=True))
+    found = losses.logit_distillation(torch.tensor([student] * 2), torch.tensor([teacher] * 2), temperature=temperature)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_logit_distillation_counts_masked_rows_only():
+    student, teacher = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    expected = losses.logit_distillation(student[mask], teacher[mask])
+    student[~mask], teacher[~mask] = math.nan, math.inf
+    student.requires_grad_()
+    loss = losses.logit_distillation(student, teacher, mask=mask)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(losses.logit_distillation(student, teacher, mask=mask.long()), expected)
+    assert (student.grad[~mask] == 0).all()
+    assert (student.grad[mask] != 0).all()
+
+
+def test_logit_distillation_without_rows_is_zero():
+    student = torch.randn(2, 3, requires_grad=True)
+    loss = losses.logit_distillation(student, torch.randn(2, 3), mask=torch.zeros(2, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert (student.grad == 0).all()
+
+
+def test_distillation_gives_the_teacher_no_gradient_and_computes_in_float32():
+    for loss_of in (losses.logit_distillation, losses.regression_distillation):
+        student, teacher = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+        loss = loss_of(student.bfloat16(), teacher.bfloat16())
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert student.grad is not None
+        assert teacher.grad is None
+
+
+def test_distillation_gradients():
+    student, teacher = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, dtype=torch.float64)
+    for loss_of in (losses.logit_distillation, losses.regression_distillation):
+        assert torch.autograd.gradcheck(lambda s, loss_of=loss_of: loss_of(s, teacher), student)
+
+
+def test_regression_distillation_by_hand():
+    found = losses.regression_distillation(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [5.0]]))
+    assert found.item() == (1 + 9) / 2
+
+
+# ranking
+
+
+def slow_arp2(scores, relevance, length, sigma=1.0):
+    total = 0.0
+    for i in range(length):
+        for j in range(length):
+            if relevance[i] > relevance[j]:
+                total += (relevance[i] - relevance[j]) * math.log2(1 + math.exp(-sigma * (scores[i] - scores[j])))
+    return total
+
+
+def ragged(width=9, lengths=(9, 5, 2, 1)):
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    return torch.randn(len(lengths), width, dtype=torch.float64), mask, lengths
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_lambda_arp2_equals_nested_loops(sigma):
+    scores, mask, lengths = ragged()
+    relevance = torch.randint(0, 4, scores.shape)  # with ties
+    expected = [slow_arp2(s, r, n, sigma) for s, r, n in zip(scores.tolist(), relevance.tolist(), lengths, strict=True)]
+    found = losses.lambda_arp2(scores, relevance, mask, sigma=sigma)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert found[-1] == 0
+
+
+def test_lambda_arp2_equals_pytorchltr():
+    ltr = pytest.importorskip("pytorchltr.loss")
+    scores, mask, lengths = ragged()
+    relevance = torch.randint(0, 4, scores.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own torch.meshgrid
+        expected = ltr.LambdaARPLoss2(sigma=0.7)(scores, relevance, torch.tensor(lengths))
+    torch.testing.assert_close(losses.lambda_arp2(scores, relevance, mask, sigma=0.7), expected)
+
+
+def test_lambda_arp2_is_finite_for_scores_far_apart():
+    scores = torch.tensor([[0.0, 1000.0]], requires_grad=True)
+    loss = losses.lambda_arp2(scores, torch.tensor([[1, 0]]), torch.ones(1, 2, dtype=torch.bool))
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(1000 / math.log(2))
+    torch.testing.assert_close(scores.grad, torch.tensor([[-1.0, 1.0]]) / math.log(2))
+
+
+def test_ranking_gradients():
+    scores, mask, _ = ragged()
+    teacher = torch.rand_like(scores)
+    relevance = torch.randint(0, 4, scores.shape)
+    scores.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: losses.lambda_arp2(s, relevance, mask), scores)
+    assert torch.autograd.gradcheck(lambda s: losses.ranking_distillation(s, teacher, mask, top_k=4), scores)
+
+
+@pytest.mark.parametrize("top_k", [3, 9, 20])
+@pytest.mark.parametrize("scale", [None, 1.0, 7.0])
+def test_ranking_distillation_equals_nested_loops(top_k, scale):
+    """Including a `top_k` above the length, and rows with one token or none."""
+    student, mask, lengths = ragged(lengths=(9, 5, 2, 1, 0))
+    teacher = torch.rand_like(student)
+    total = 0.0
+    for row, n in enumerate(lengths):
+        best = sorted(range(n), key=lambda i, row=row: -teacher[row, i])[:top_k]
+        scores = [student[row, i].item() * (n if scale is None else scale) for i in best]
+        total += slow_arp2(scores, list(range(len(best)))[::-1], len(best)) / max(len(best), 1) ** 2
+    found = losses.ranking_distillation(student, teacher, mask, top_k=top_k, scale=scale)
+    assert found.item() == pytest.approx(total / len(lengths))
+
+
+def test_the_teachers_order_costs_least():
+    teacher = torch.randn(2, 12).softmax(1)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    order = teacher.argsort(1)
+    upside_down = torch.empty_like(teacher).scatter_(1, order, teacher.gather(1, order).flip(1))
+    same, flat, reverse = (
+        losses.ranking_distillation(s, teacher, mask) for s in (teacher, torch.full_like(teacher, 1 / 12), upside_down)
+    )
+    assert same < flat < reverse
+
+
+def test_padding_and_tokens_beyond_top_k_have_no_part_in_the_ranking():
+    student, mask, _ = ragged()
+    teacher = torch.rand_like(student)
+    expected = losses.ranking_distillation(student, teacher, mask, top_k=4)
+    beyond = mask & (teacher.masked_fill(~mask, -1).argsort(1, descending=True).argsort(1) >= 4)
+    student[~mask], teacher[~mask], student[beyond] = math.nan, math.inf, 99.0
+    student.requires_grad_()
+    teacher.requires_grad_()
+    loss = losses.ranking_distillation(student, teacher, mask, top_k=4)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    part = mask & ~beyond
+    part[-1] = False  # one token cannot be out of order
+    assert (student.grad != 0).equal(part)
+    assert teacher.grad is None
+
+
+def test_the_default_scale_makes_the_loss_independent_of_the_length():
+    """Importances `2 / n` and `0.5 / n` of two tokens cost the same whatever n is; unscaled, the order hardly shows."""
+    found = {}
+    for scale in (None, 1.0):
+        for n in (8, 512):
+            student = torch.full((1, n), 1.0)
+            student[0, 0], student[0, 1] = 2.0, 0.5
+            teacher = torch.arange(n, 0, -1.0)[None]
+            found[scale, n] = losses.ranking_distillation(
+                student / n, teacher, torch.ones(1, n, dtype=torch.bool), top_k=2, scale=scale
+            ).item()
+    ordered = math.log2(1 + math.exp(-1.5)) / 4
+    assert found[None, 8] == pytest.approx(ordered)
+    assert found[None, 512] == pytest.approx(ordered)
+    assert found[1.0, 512] == pytest.approx(1 / 4, abs=1e-3)  # log2(2), as if the scores were equal
+
+
+def test_teacher_ties_go_to_the_earlier_token():
+    student = torch.tensor([[0.1, 0.2, 0.3]], requires_grad=True)
+    losses.ranking_distillation(student, torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool), top_k=2).backward()
+    assert student.grad[0, 0] < 0 < student.grad[0, 1]
+    assert student.grad[0, 2] == 0
+
+
+def test_ranking_is_computed_in_float32():
+    student, teacher = torch.rand(2, 5).bfloat16(), torch.rand(2, 5).bfloat16()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    half = losses.ranking_distillation(student, teacher, mask)
+    assert half.dtype == torch.float32
+    assert half == losses.ranking_distillation(student.float(), teacher.float(), mask)
+    assert losses.lambda_arp2(student, teacher, mask).equal(losses.lambda_arp2(student.float(), teacher.float(), mask))
