@@ -65,8 +65,8 @@ def bench(
         device: where to run, such as "cpu" or "cuda"; by default where the model is ("cpu" for a folder).
 
     Returns:
-        A dictionary of plain JSON values: the circumstances (`model`, `cpu`, `gpu`, `threads`, `dtype`, `versions`, ...) and
-        `results`, a list with an entry per batch size:
+        A dictionary of plain JSON values: the circumstances (`model`, `cpu`, `gpu`, `threads`, `dtype`, `versions`,
+        `load_average`: cores kept busy by all programs in the minute before) and `results`, an entry per batch size:
 
         * `ms`: milliseconds per text of each contender, median of the repeats; `ms_each_repeat` lists them all;
         * `macs` per text: `dense` (real tokens only), `dense_padded` (padded to `max_length`), and what each contender spends;
@@ -87,17 +87,19 @@ def bench(
     pairs = _are_pairs(texts)
     if isinstance(folder_or_model, nn.Module):
         model, name = _copy(folder_or_model), type(folder_or_model).__name__
-        if tokenizer is None:
-            raise ConfigError("A model in memory needs its tokenizer: bench(model, texts, tokenizer=...).")
     else:
         model, name = _open(folder_or_model), str(folder_or_model)
-        tokenizer = tokenizer or _open_tokenizer(folder_or_model)
-    model = model.to(device=device, dtype=getattr(torch, dtype) if dtype else None).eval()
     _check_reads_text(model)
+    if tokenizer is None:
+        if isinstance(folder_or_model, nn.Module):
+            raise ConfigError("A model in memory needs its tokenizer: bench(model, texts, tokenizer=tokenizer).")
+        tokenizer = _open_tokenizer(folder_or_model)
+    model = model.to(device=device, dtype=getattr(torch, dtype) if dtype else None).eval()
     max_length = _check_length(max_length, model, tokenizer, pairs)
     models = _contenders(model)
     features = _tokenise(tokenizer, texts, pairs, max_length)
 
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
@@ -124,6 +126,7 @@ def bench(
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "threads": threads or threads_before,
+        "load_average": load,
         "versions": _versions(),
         "results": results,
     }

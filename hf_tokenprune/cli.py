@@ -121,6 +121,8 @@ def format_bench(result: dict) -> str:
         f"{last['reduction']['padded']:.2f}x fewer than dense padded to {result['max_length']}",
         "tokens that leave each layer: " + " ".join(f"{tokens:.1f}" for tokens in last["tokens_per_layer"]),
     ]
+    if (result["load_average"] or 0) > 1:
+        lines.append(f"(the machine was busy before this began, load {result['load_average']:.1f}: do not trust the times)")
     return "\n".join(lines)
 
 

@@ -76,7 +76,7 @@ class Reference:
             for handle in handles:
                 handle.remove()
 
-    def _before(self, layer, args, kwargs):
+    def _before(self, _, args, kwargs):
         """Add to the layer's mask (a sliding window, or nothing) that nobody may look at the dead."""
         self.entered = args[0]
         rows, length = self.entered.shape[:2]
@@ -91,13 +91,13 @@ class Reference:
             return (args[0], mask, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
 
-    def _look(self, module, args, output):
+    def _look(self, _, __, output):
         """Remember the attention probabilities `(rows, heads, queries, keys)`, whichever module returns them."""
         if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], torch.Tensor) and output[1].ndim == 4:
             self.attention = output[1]
 
     def _after(self, number):
-        def hook(layer, args, output):
+        def hook(_, __, output):
             alive = self.alive[-1].clone()
             if number in self.sites:
                 for row in range(len(alive)):

@@ -30,11 +30,18 @@ def assert_same(got, expected, about="", **tolerance):
         torch.testing.assert_close(got[key], expected[key], **settings)
 
 
-def labels_for(name, head, inputs):
+def labels_for(head, inputs):
     """Labels for every sample, or for every real token."""
     if head == "ForTokenClassification":
         return torch.where(inputs["attention_mask"].bool(), inputs["input_ids"] % 3, -100)
     return torch.arange(len(next(iter(inputs.values())))) % 3
+
+
+def with_dropout(name, **rates):
+    """Settings that give every dropout of a family's config a rate: 0, or what `rates` say."""
+    rates = {**dict.fromkeys(DROPOUTS, 0.0), **rates}
+    vision = getattr(FAMILIES[name].config, "vision_config", None)
+    return rates if vision is None else {"vision_config": {**vision.to_dict(), **rates}}
 
 
 def one_class(name):
@@ -128,12 +135,13 @@ def test_a_row_of_padding_is_finite_and_touches_no_other(name, head):
             torch.testing.assert_close(packed[row][real], dense[row][real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sites", [(), (1,)], ids=["packed", "pruned"])
 @pytest.mark.parametrize("name", TEXT)
-def test_a_batch_of_nothing_but_padding_is_finite(name, sites):
-    model = tp.attach(build(name, "ForSequenceClassification"), {layer: tp.TopK(0.5) for layer in sites})
-    for lengths in ((0,), (0, 0)):
-        assert outputs_of(model, make_inputs(name, "", lengths=lengths, seq_len=6))["logits"].isfinite().all()
+def test_a_batch_of_nothing_but_padding_is_finite(name):
+    model = build(name, "ForSequenceClassification")
+    for sites in ((), (1,)):
+        tp.attach(model, {layer: tp.TopK(0.5) for layer in sites})
+        for lengths in ((0,), (0, 0)):
+            assert outputs_of(model, make_inputs(name, "", lengths=lengths, seq_len=6))["logits"].isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "head"), TRAINABLE)
@@ -186,8 +194,8 @@ def assert_same_step(got, expected):
 
 @pytest.mark.parametrize(("name", "head"), TRAINABLE)
 def test_training_gives_the_dense_loss_and_gradients(name, head):
-    model, inputs = build(name, head, **dict.fromkeys(DROPOUTS, 0.0)), make_inputs(name, head)
-    labels = labels_for(name, head, inputs)
+    model, inputs = build(name, head, **with_dropout(name)), make_inputs(name, head)
+    labels = labels_for(head, inputs)
     dense = loss_and_gradients(model.train(), inputs, labels)
     assert sum(gradient.abs().sum() for gradient in dense[1].values()) > 0
     assert_same_step(loss_and_gradients(tp.pack(model), inputs, labels), dense)
@@ -197,9 +205,9 @@ def test_training_gives_the_dense_loss_and_gradients(name, head):
 def test_gradient_checkpointing_changes_no_gradient(name):
     head = one_class(name)
     inputs = make_inputs(name, head)
-    labels = labels_for(name, head, inputs)
+    labels = labels_for(head, inputs)
     for sites in ((), (0, 2)):
-        model = build(name, head, **dict.fromkeys(DROPOUTS, 0.3))
+        model = build(name, head, **with_dropout(name, **dict.fromkeys(DROPOUTS, 0.3)))
         tp.attach(model, {layer: tp.TopK(0.5) for layer in sites}).train()
         torch.manual_seed(1)
         plain = loss_and_gradients(model, inputs, labels)
@@ -213,13 +221,13 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 def test_dropout_is_random_in_training_and_absent_in_evaluation(name, head):
     inputs = make_inputs(name, head)
     for dropouts in (DROPOUTS, ("attention_probs_dropout_prob", "attention_dropout")):
-        model = build(name, head, **{**dict.fromkeys(DROPOUTS, 0.0), **dict.fromkeys(dropouts, 0.3)})
+        model = build(name, head, **with_dropout(name, **dict.fromkeys(dropouts, 0.3)))
         dense = outputs_of(model, inputs)
         tp.pack(model).train()
         one, two = (outputs_of(model, inputs)["logits"] for _ in range(2))
         assert one.isfinite().all()
         assert not torch.allclose(one, two, atol=1e-3)
-        model(**inputs, labels=labels_for(name, head, inputs)).loss.backward()
+        model(**inputs, labels=labels_for(head, inputs)).loss.backward()
         assert_same(outputs_of(model.eval(), inputs), dense)
 
 
@@ -321,7 +329,7 @@ def test_attention_matrices_are_refused(name, by):
         model.config.output_attentions = True
     else:
         inputs["output_attentions"] = True
-    with pytest.raises(tp.errors.UnsupportedInputError, match="output_attentions=True.*detach"):
+    with pytest.raises(tp.errors.UnsupportedInputError, match=r"output_attentions=True.*detach"):
         tp.pack(model)(**inputs)
     if by == "argument":
         del inputs["output_attentions"]
@@ -422,7 +430,7 @@ def test_a_copy_works_and_is_independent(name):
     assert_same(outputs_of(model, inputs), pruned)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["bert", "modernbert", "siglip"])
 def test_pickling_round_trips_into_a_fresh_process(name, monkeypatch):
     head = one_class(name)
     model, inputs = tp.attach(build(name, head), {1: tp.TopK(0.5)}), make_inputs(name, head)

@@ -44,10 +44,10 @@ def ranking_distillation(student, teacher, mask, *, top_k=20, scale=None, sigma=
     over the square of the number of tokens taken. Ties of the teacher go to the earlier token.
 
     Importance is attention received, about `1 / n` in a sequence of `n` tokens. Differences that small leave the logistic at
-    its middle, where it is a straight line: every pair then pulls alike, in the right order or not, and less the longer the
-    sequence. So scores are multiplied by `n` by default: uniform attention scores 1, differences are of order 1 whatever the
-    length, and a pair that the student orders well stops pulling. `scale=1.0` takes the importance as it is. Seen from
-    importances near `1 / n` the default has a gradient `n` times as large, which a weight tuned without it must make up for.
+    its middle, where it is a straight line: every pair then pulls as hard in the right order as in the wrong one, and the loss
+    hardly moves. So scores are multiplied by `n` by default: uniform attention scores 1, differences are of order 1 whatever
+    the length, and a pair that the student orders well stops pulling. `scale=1.0` takes the importance as it is, as the
+    paper's own code does; the default's gradient is about `n` times as large, so a weight published for it is too high here.
 
     Args:
         student: `(B, L)` importance by an early layer of the student.
@@ -65,7 +65,7 @@ def ranking_distillation(student, teacher, mask, *, top_k=20, scale=None, sigma=
         >>> ranking_distillation(teacher, teacher, mask) < ranking_distillation(teacher.flip(1), teacher, mask)
         tensor(True)
     """
-    order = teacher.detach().masked_fill(~mask, float("-inf")).argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    order = teacher.masked_fill(~mask, float("-inf")).argsort(dim=1, descending=True, stable=True)[:, :top_k]
     taken = mask.gather(1, order)
     if scale is None:
         scale = mask.sum(1, keepdim=True)

@@ -1,0 +1,338 @@
+"""Invariant 2: a pruned model gives the outputs of the slow reference that masks instead of removing (`reference.py`)."""
+
+import pytest
+import torch
+from families import CASES, FAMILIES, VOCAB, build, make_inputs, outputs_of
+from reference import DEPTH, Reference, Rule, bins, number, samples_of, share
+
+import hf_tokenprune as tp
+
+TEXT = [name for name, row in FAMILIES.items() if not row.images]
+SUMMARY = {**dict.fromkeys(FAMILIES, 1), "deit": 2, "siglip": 0}
+LENGTHS = (17, 5, 24, 1)
+PATTERN = (1, 0, 1, 1, 0, 0, 1)
+
+
+def rank_bins(*kept):
+    selector = tp.RankBins(len(kept))
+    selector.set_kept(kept)
+    return selector
+
+
+# A selector, and the rule by which the reference decides.
+SELECTORS = {
+    "half": (lambda: tp.TopK(0.5), share(0.5)),
+    "three": (lambda: tp.TopK(3), number(3)),
+    "bins": (lambda: rank_bins(*PATTERN), bins(PATTERN)),
+}
+SITES = {"one": (1,), "two apart": (0, 2), "every": range(DEPTH)}
+
+
+def sites_of(name, head, sites):
+    """Those of `sites` that may drop tokens: not the last layer of a pooled head."""
+    model = tp.pack(build(name, head))
+    return [layer for layer in sites if layer <= model.token_pruner.highest_site]
+
+
+def one_head(name):
+    return "ForImageClassification" if FAMILIES[name].images else "ForTokenClassification"
+
+
+def attach(model, sites, selector="half", **arguments):
+    return tp.attach(model, {layer: SELECTORS[selector][0]() for layer in sites}, **arguments)
+
+
+def reference_for(name, head, sites, selector="half", protected_ids=()):
+    model = build(name, head)
+    model.config._attn_implementation = "eager"
+    rule = Rule(SELECTORS[selector][1], SUMMARY[name], protected_ids)
+    return Reference(model, dict.fromkeys(sites, rule))
+
+
+def assert_same_samples(got, reference, inputs):
+    """Every tensor of the output equals the reference's, at the real tokens of each sample."""
+    for row, sample in enumerate(samples_of(inputs)):
+        for key, right in reference(sample).items():
+            for mine, right in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (got[key], right)), strict=True):
+                mine = mine.reshape(len(inputs[next(iter(inputs))]), -1, *mine.shape[1:])[row]
+                if mine.shape != right.shape:
+                    mine = mine[:, : right.shape[1]]
+                torch.testing.assert_close(mine, right, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key} of {row}: {text}")
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs)
+
+
+@pytest.mark.parametrize(("name", "head"), CASES)
+def test_pruned_equals_masked_for_every_head(name, head):
+    inputs = make_inputs(name, head, LENGTHS)
+    sites = sites_of(name, head, SITES["every"])
+    pruned = run(attach(build(name, head), sites), inputs)
+    assert_same_samples(pruned, reference_for(name, head, sites), inputs)
+
+
+@pytest.mark.parametrize("sites", SITES)
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pruned_equals_masked_for_every_selector_and_site(name, selector, sites):
+    head = one_head(name)
+    inputs = make_inputs(name, head, LENGTHS)
+    sites = sites_of(name, head, SITES[sites])
+    pruned = run(attach(build(name, head), sites, selector), inputs)
+    assert_same_samples(pruned, reference_for(name, head, sites, selector), inputs)
+
+
+@pytest.mark.parametrize("head", ["pooled", "every token"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_states_of_a_pruned_model_equal_the_masked_ones(name, head):
+    head = (
+        {False: "ForSequenceClassification", True: "ForImageClassification"}[FAMILIES[name].images]
+        if head == "pooled"
+        else {"siglip": "VisionModel"}.get(name, "Model")
+    )
+    inputs = make_inputs(name, head, LENGTHS)
+    sites = sites_of(name, head, (0, 1, 3))
+    asked = {"output_hidden_states": True}
+    pruned = run(attach(build(name, head), sites), {**inputs, **asked})
+    reference = reference_for(name, head, sites)
+    assert len(pruned.hidden_states) == DEPTH + 1
+    assert_same_samples(pruned, lambda sample: reference({**sample, **asked}), inputs)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_trace_counts_the_living_and_no_padding(name, selector):
+    head = one_head(name)
+    inputs = make_inputs(name, head, LENGTHS)
+    sites = sites_of(name, head, SITES["two apart"])
+    model, reference = attach(build(name, head), sites, selector), reference_for(name, head, sites, selector)
+    living = []
+    for sample in samples_of(inputs):
+        reference(sample)
+        living.append([int(alive.sum()) for alive in reference.alive])
+    run(model, inputs)
+    trace, pooled = model.token_pruner.trace, model.token_pruner.pooled_head
+    for layer, (entered, survived) in enumerate(
+        zip(zip(*living, strict=True), list(zip(*living, strict=True))[1:], strict=False)
+    ):
+        if pooled and layer == DEPTH - 1:
+            survived = [1] * len(living)
+        assert sorted(trace[layer].entered) == sorted(entered)
+        assert sorted(trace[layer].survived) == sorted(survived)
+    if not FAMILIES[name].images:
+        assert sum(trace[0].entered) == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_what_stands_in_the_padding_is_never_read(name):
+    model, inputs = attach(build(name, "ForTokenClassification"), (0, 2)), make_inputs(name, "", LENGTHS)
+    expected = outputs_of(model, inputs)["logits"]
+    padding = inputs["attention_mask"] == 0
+    if name == "esm":  # its embedding scales by the share of mask tokens, read through the mask
+        assert not (inputs["input_ids"] == FAMILIES[name].config.mask_token_id).any()
+    shift = FAMILIES[name].config.pad_token_id
+    if name not in ("roberta", "xlm-roberta", "camembert"):  # these count positions by the padding id
+        inputs["input_ids"] = torch.where(padding, (torch.arange(padding.shape[1]) % 50) + 6 + shift, inputs["input_ids"])
+    wider = {key: torch.nn.functional.pad(value, (0, 7), value=0) for key, value in inputs.items()}
+    assert torch.equal(outputs_of(model, inputs)["logits"], expected)
+    torch.testing.assert_close(outputs_of(model, wider)["logits"], expected, rtol=0, atol=1e-5)
+    assert sum(model.token_pruner.trace[0].entered) == sum(LENGTHS)
+
+
+# Who is never dropped
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_summary_tokens_survive_and_no_sequence_ends_empty(name):
+    head = one_head(name)
+    inputs = make_inputs(name, head, LENGTHS)
+    sites = sites_of(name, head, SITES["every"])
+    model = tp.attach(build(name, head), {layer: rank_bins(0, 0, 0) for layer in sites})
+    pruned = run(model, inputs)
+    least = max(SUMMARY[name], 1)
+    assert all((set(layer.survived) <= {least, 1} and min(layer.survived) == 1) or set(layer.survived) == {least}
+               for layer in model.token_pruner.trace)  # fmt: skip
+    reference = reference_for(name, head, sites)
+    reference.sites = dict.fromkeys(sites, Rule(lambda *_: False, SUMMARY[name]))
+    assert_same_samples(pruned, reference, inputs)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_protected_ids_survive(name):
+    head, ids = "ForTokenClassification", tuple(range(5, VOCAB, 4))
+    inputs = make_inputs(name, head, LENGTHS)
+    sites = SITES["two apart"]
+    model = attach(build(name, head), sites, "three", protected_token_ids=ids)
+    pruned = run(model, inputs)
+    assert_same_samples(pruned, reference_for(name, head, sites, "three", ids), inputs)
+    real = inputs["attention_mask"].bool()
+    protected = torch.isin(inputs["input_ids"], torch.tensor(ids)) & real
+    protected[:, 0] = True
+    droppable = real.sum(1) - protected.sum(1)
+    expected = protected.sum(1) + droppable.clamp(max=3)
+    assert sorted(model.token_pruner.trace[-1].survived) == sorted(expected.tolist())
+    other = run(attach(build(name, head), sites, "three"), inputs)
+    assert not torch.allclose(other.logits[real], pruned.logits[real], atol=1e-3)
+
+
+def test_a_padding_id_may_be_protected_without_padding_being_kept():
+    model, inputs = build("bert", "ForTokenClassification"), make_inputs("bert", "", LENGTHS)
+    expected = outputs_of(attach(model, (0, 2)), inputs)["logits"]
+    attach(model, (0, 2), protected_token_ids=[FAMILIES["bert"].config.pad_token_id])
+    assert torch.equal(outputs_of(model, inputs)["logits"], expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "distilbert", "vit"])
+def test_protected_ids_cannot_be_found_without_input_ids(name):
+    head = one_head(name)
+    model, inputs = attach(build(name, head), (1,), protected_token_ids=[7]), make_inputs(name, head)
+    if "input_ids" in inputs:
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(tp.errors.UnsupportedInputError, match="input_ids"):
+        model(**inputs)
+
+
+# However it is run
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bf16_and_autocast_drop_as_many_tokens(name):
+    head = one_head(name)
+    model, inputs = attach(build(name, head), (0, 2)), make_inputs(name, head, LENGTHS)
+    run(model, inputs)
+    expected = model.token_pruner.trace
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(model, inputs).logits.isfinite().all()
+    assert model.token_pruner.trace == expected
+    model.bfloat16()
+    logits = run(model, {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    assert model.token_pruner.trace == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eval_is_deterministic(name):
+    head = one_head(name)
+    model, inputs = attach(build(name, head), (0, 2), "bins"), make_inputs(name, head)
+    assert torch.equal(run(model, inputs).logits, run(model, inputs).logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keeping_all_equals_dense(name):
+    head = one_head(name)
+    model, inputs = build(name, head), make_inputs(name, head)
+    dense = outputs_of(model, inputs)
+    for selector in (tp.TopK(1.0), tp.TopK(1000), rank_bins(1, 1, 1)):
+        pruned = outputs_of(tp.attach(model, {1: selector}), inputs)
+        torch.testing.assert_close(pruned, dense, rtol=0, atol=1e-5)
+
+
+def test_a_change_of_the_kept_bins_is_seen_at_once():
+    model, inputs = build("bert", "ForTokenClassification"), make_inputs("bert", "", LENGTHS)
+    selector = rank_bins(1, 1)
+    tp.attach(model, {1: selector})
+
+    def survivors():
+        run(model, inputs)
+        return sum(model.token_pruner.trace[1].survived)
+
+    assert survivors() == sum(LENGTHS)
+    selector.set_kept([1, 0])
+    half = survivors()
+    assert half < sum(LENGTHS)
+    selector.kept.data[1] = 1
+    assert survivors() == sum(LENGTHS)
+    selector.load_state_dict({"kept": torch.tensor([1, 0], dtype=torch.int8)}, assign=True)
+    assert survivors() == half
+    with torch.inference_mode():
+        selector.set_kept([0, 0])
+        assert survivors() == len(LENGTHS)
+
+
+# Settings that make no sense
+
+
+@pytest.mark.parametrize(
+    ("head", "layer"), [("Model", -1), ("Model", DEPTH), ("ForSequenceClassification", DEPTH - 1), ("Model", 1.0), ("Model", "1")]
+)  # fmt: skip
+def test_a_site_where_nothing_can_be_dropped_is_refused(head, layer):
+    with pytest.raises(tp.errors.ConfigError, match="layer"):
+        tp.attach(build("bert", head), {layer: tp.TopK(0.5)})
+
+
+@pytest.mark.parametrize("make", [lambda: tp.TopK(0), lambda: tp.TopK(0.0), lambda: tp.TopK(-1), lambda: tp.TopK(1.5),
+                                  lambda: tp.TopK(True), lambda: tp.TopK("half"), lambda: tp.TopK(float("nan")),
+                                  lambda: tp.RankBins(0), lambda: tp.RankBins(2.0), lambda: tp.RankBins("50")])  # fmt: skip
+def test_selectors_refuse_settings_without_a_meaning(make):
+    with pytest.raises(tp.errors.ConfigError):
+        make()
+
+
+GOOD_SITE = {"layer": 1, "selector": {"kind": "rank_bins", "bins": 7}}
+
+
+def with_site(**changes):
+    return {"sites": [{**GOOD_SITE, **changes}]}
+
+
+def with_selector(**settings):
+    return with_site(selector=settings)
+
+
+DAMAGES = {
+    "not a dictionary": "sites",
+    "empty": {"version": None, "sites": None, "protected_token_ids": None},
+    "newer version": {"version": 2},
+    "version 0": {"version": 0},
+    "version as text": {"version": "1"},
+    "version as bool": {"version": True},
+    "unknown entry": {"colour": "red"},
+    "sites as a dictionary": {"sites": {"1": {"kind": "top_k"}}},
+    "site as a number": {"sites": [1]},
+    "site without selector": {"sites": [{"layer": 1}]},
+    "site with more": with_site(colour="red"),
+    "selector as text": with_site(selector="top_k"),
+    "layer as text": with_site(layer="1"),
+    "layer as bool": with_site(layer=True),
+    "layer below 0": with_site(layer=-1),
+    "layer beyond the model": with_site(layer=DEPTH),
+    "duplicate site": {"sites": [GOOD_SITE, GOOD_SITE]},
+    "unknown kind": with_selector(kind="oracle"),
+    "no kind": with_selector(bins=7),
+    "kind as a list": with_selector(kind=["top_k"]),
+    "unknown setting": with_selector(kind="top_k", keep=0.5, colour="red"),
+    "bins as text": with_selector(kind="rank_bins", bins="7"),
+    "bins of 0": with_selector(kind="rank_bins", bins=0),
+    "keep of 0": with_selector(kind="top_k", keep=0),
+    "keep above 1": with_selector(kind="top_k", keep=1.5),
+    "keep as a list": with_selector(kind="top_k", keep=[0.5]),
+    "ids as a number": {"protected_token_ids": 5},
+    "ids as text": {"protected_token_ids": ["5"]},
+    "ids below 0": {"protected_token_ids": [-1]},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_config_is_refused(damage):
+    model = tp.attach(build("bert", "Model"), {1: rank_bins(*PATTERN)})
+    good = model.config.token_pruning
+    assert good["sites"] == [GOOD_SITE]
+    broken = {**good, **DAMAGES[damage]} if isinstance(DAMAGES[damage], dict) else DAMAGES[damage]
+    config = type(model.config)(**{**model.config.to_dict(), "token_pruning": broken})
+    with pytest.raises(tp.errors.ConfigError):
+        type(model)(config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_class_made_from_the_config_is_the_same_model(name):
+    head = one_head(name)
+    model, inputs = attach(build(name, head), (0, 2), "bins"), make_inputs(name, head, LENGTHS)
+    config = type(model.config).from_dict(model.config.to_dict())
+    twin = type(model)(config).eval()
+    with pytest.raises(tp.errors.ConfigError, match="complete checkpoint"):
+        run(twin, inputs)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(run(twin, inputs).logits, run(model, inputs).logits)
