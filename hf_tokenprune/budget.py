@@ -64,7 +64,11 @@ class Budget:
             return lengths.samples * self.protected + alive * lengths.droppable
 
         def pairs(alive):
-            return lengths.samples * self.protected**2 + 2 * self.protected * alive * lengths.droppable + alive**2 * lengths.squares
+            return (
+                lengths.samples * self.protected**2
+                + 2 * self.protected * alive * lengths.droppable
+                + alive**2 * lengths.squares
+            )
 
         alive = torch.ones((), dtype=torch.float64)
         total = torch.zeros((), dtype=torch.float64)
@@ -76,5 +80,7 @@ class Budget:
                 total = total + shape.before * tokens(entering) + (shape.after + 0.0) * lengths.samples
                 total = total + shape.attention * tokens(entering)
             else:
-                total = total + shape.before * tokens(entering) + shape.after * tokens(alive) + shape.attention * pairs(entering)
+                total = (
+                    total + shape.before * tokens(entering) + shape.after * tokens(alive) + shape.attention * pairs(entering)
+                )
         return total

@@ -62,7 +62,7 @@ def own_imports(file):
         else:
             continue
         for alias in node.names:
-            found.add(path + (alias.name,) if path + (alias.name,) in MODULES else path)
+            found.add((*path, alias.name) if (*path, alias.name) in MODULES else path)
     return found
 
 

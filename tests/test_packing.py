@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import transformers as hf
 from families import CASES, FAMILIES, build, make_inputs, outputs_of
 from torch.nn import functional
 from transformers import AttentionInterface
@@ -377,6 +378,21 @@ def test_the_last_layer_computes_all_where_all_is_read(name, head):
     outputs_of(model, inputs)
     last = model.token_pruner.trace[-1]
     assert last.entered == last.queries == last.survived
+
+
+class MeanForSequenceClassification(hf.BertForSequenceClassification):
+    """A head of a user's own, which is called like a pooled one and reads every token."""
+
+    def forward(self, input_ids, attention_mask):
+        states = self.bert(input_ids, attention_mask).last_hidden_state
+        return {"logits": self.classifier((states * attention_mask[..., None]).sum(1))}
+
+
+def test_a_head_of_a_users_own_may_read_every_token():
+    model, inputs = build("bert", "ForSequenceClassification"), make_inputs("bert", "")
+    model.__class__ = MeanForSequenceClassification
+    dense = outputs_of(model, inputs)
+    assert_same(outputs_of(tp.pack(model), inputs), dense)
 
 
 # Models that share, are copied, pickled or run at once

@@ -140,7 +140,9 @@ class Objective:
                 for gates in (soft, {}):
                     self.pruner.soft, self.pruner.soft_in_eval = gates, bool(gates)
                     outputs = forward(*args, **{**seen, "return_dict": True})
-                    found.append(next((outputs[n] for n in outputs if n.endswith("logits")), outputs[next(iter(outputs))]).float())
+                    found.append(
+                        next((outputs[n] for n in outputs if n.endswith("logits")), outputs[next(iter(outputs))]).float()
+                    )
         finally:
             self.pruner.soft, self.pruner.soft_in_eval, self.pruner.watched = soft, False, watched
             for module, mode in modes.items():

@@ -206,7 +206,8 @@ class TokenPruner(nn.Module):
         if not 0 <= layer <= self.highest_site:
             raise ConfigError(
                 f"There is a site at layer {layer}, but this model with {self.layer_count} layers can drop tokens in layers "
-                f"0 to {self.highest_site}" + (" (its last layer computes the pooled token alone)." if self.pooled_head else ".")
+                f"0 to {self.highest_site}"
+                + (" (its last layer computes the pooled token alone)." if self.pooled_head else ".")
             )
         self.sites[str(layer)] = selector
 
