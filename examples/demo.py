@@ -124,6 +124,7 @@ def main():
             per_device_eval_batch_size=64,
             learning_rate=args.learning_rate,
             warmup_steps=0.05,
+            use_cpu=not torch.cuda.is_available(),
             bf16=torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported(),
             logging_steps=20,
             save_strategy="no",

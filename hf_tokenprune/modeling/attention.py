@@ -58,28 +58,32 @@ def packed_attention(query, key, value, batch, *, dropout=0.0, scaling=None, win
     total, heads, width = query.shape[2], query.shape[1], value.shape[3]
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     window = None if window is None or window >= batch.seq_len else window
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    log_weights = None if batch.weights is None else batch.weights.log()
+    explicit = importance or batch.weights is not None or (dropout > 0 and query.device.type == "cpu")
+    if explicit:
+        query = query * scaling
+    # `split`, not slices: its gradient is one concatenation, where each slice's would be a tensor of the whole batch.
+    sizes = [count * length for _, count, length in batch.runs]
+    pieces = zip(*(x[0].transpose(0, 1).split(sizes) for x in (query, key, value)), strict=True)
+    weights = [None] * len(sizes) if batch.weights is None else batch.weights.split(sizes)
     contexts, received = [], []
-    for start, count, length in batch.runs:
-        rows = slice(start, start + count * length)
-        q, k, v = (x[rows].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+    for (start, count, length), piece, weight in zip(batch.runs, pieces, weights, strict=True):
+        q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in piece)
         if first_only:
             q = q[:, :, :1]
         bias = None
         if window is not None:
-            place = batch.positions[rows].view(count, 1, length)
+            place = batch.positions[start : start + count * length].view(count, 1, length)
             near = (place.transpose(1, 2)[:, : q.shape[2]] - place).abs() < window
             bias = torch.zeros(near.shape, dtype=q.dtype, device=q.device).masked_fill(~near, float("-inf"))[:, None]
-        if log_weights is not None:
-            weight = log_weights[rows].view(count, 1, 1, length)
-            bias = weight if bias is None else bias + weight
-        if importance or log_weights is not None:
-            scores = torch.matmul(q, k.transpose(-1, -2)) * scaling
+        if weight is not None:
+            logs = weight.log().view(count, 1, 1, length)
+            bias = logs if bias is None else bias + logs
+        if explicit:  # also where sdpa would take its slow path: the fast one on CPU knows no dropout
+            scores = torch.matmul(q, k.transpose(-1, -2))
             scores = scores if bias is None else scores + bias
             shares = scores.softmax(-1, dtype=torch.float32)
             if importance:
-                asking = shares if batch.weights is None else shares * batch.weights[rows].view(count, 1, length, 1)
+                asking = shares if weight is None else shares * weight.view(count, 1, length, 1)
                 received.append(asking.mean((1, 2)).flatten())
             out = torch.matmul(drop(shares, dropout).to(v.dtype), v)
         else:
