@@ -117,10 +117,12 @@ def test_mean_pooling_takes_left_padding():
 
 @pytest.mark.parametrize("name", TEXT)
 def test_left_padding_under_a_pooled_head_names_the_remedy(name):
-    model, inputs = tp.pack(build(name, "ForSequenceClassification")), make_inputs(name, "", lengths=(6, 6))
-    inputs["attention_mask"][1, :2] = 0
+    model, inputs = build(name, "ForSequenceClassification"), make_inputs(name, "", lengths=(6, 6))
+    dense = outputs_of(model, inputs)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     with pytest.raises(tp.errors.UnsupportedInputError, match="padding_side = 'right'"):
-        model(**inputs)
+        tp.pack(model)(**{**inputs, "attention_mask": mask})
+    assert_same(outputs_of(model, inputs), dense)  # a refused call leaves nothing behind
 
 
 @pytest.mark.parametrize(("name", "head"), TEXT_CASES)
@@ -378,6 +380,15 @@ def test_the_last_layer_computes_all_where_all_is_read(name, head):
     outputs_of(model, inputs)
     last = model.token_pruner.trace[-1]
     assert last.entered == last.queries == last.survived
+
+
+@pytest.mark.parametrize(("name", "head"), POOLED)
+def test_the_encoder_under_a_pooled_head_gives_every_token_when_called_by_itself(name, head):
+    model, inputs = build(name, head), make_inputs(name, head)
+    dense, right = outputs_of(model.base_model, inputs), outputs_of(model, inputs)
+    tp.pack(model)
+    assert_same(outputs_of(model.base_model, inputs), dense)
+    assert_same(outputs_of(model, inputs), right)
 
 
 class MeanForSequenceClassification(hf.BertForSequenceClassification):

@@ -1,9 +1,9 @@
 """Tiny real training runs: a data set in which a few tokens decide the label, a model from the table, the Trainer."""
 
 import torch
-from families import FAMILIES, PAD, VOCAB, build
+from families import FAMILIES, PAD, VOCAB, build, make_inputs
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import hf_tokenprune as tp
 
@@ -13,11 +13,11 @@ SIGNAL = (5, 6, 7)  # the label is the one of these tokens that the text holds
 class Texts(Dataset):
     """Texts of 8 to 24 random tokens; one of three signal tokens, at a random place, is the label."""
 
-    def __init__(self, count=96, seed=0):
+    def __init__(self, count=96, seed=0, lengths=(8, 24)):
         generator = torch.Generator().manual_seed(seed)
         self.rows = []
         for _ in range(count):
-            length = int(torch.randint(8, 25, (1,), generator=generator))
+            length = int(torch.randint(lengths[0], lengths[1] + 1, (1,), generator=generator))
             label = int(torch.randint(0, 3, (1,), generator=generator))
             ids = torch.randint(20, VOCAB, (length,), generator=generator)
             ids[0] = 3
@@ -39,6 +39,28 @@ def collate(rows):
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
+class Rows(Dataset):
+    """48 labelled samples for any head of the table; the labels are a function of the input."""
+
+    def __init__(self, name, head, make_labels):
+        self.rows = []
+        for seed in range(8):
+            inputs = make_inputs(name, head, lengths=(17, 5, 30, 17, 9, 12), seed=seed)
+            inputs = {**inputs, **make_labels(inputs)}
+            self.rows += [{key: value[row] for key, value in inputs.items()} for row in range(6)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, item):
+        return self.rows[item]
+
+
+def stack(rows):
+    """Samples of one length to a batch."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
 def no_dropout(name="bert"):
     """Config overrides that switch dropout off."""
     return {key: 0.0 for key in FAMILIES[name].config.to_dict() if "dropout" in key and "token_dropout" not in key}
@@ -46,7 +68,8 @@ def no_dropout(name="bert"):
 
 def trainer_for(folder, method=None, *, model=None, callbacks=(), trainer=Trainer, data=None, **arguments):
     """A Trainer over `Texts` with a tiny BERT, and the callback if there is a method."""
-    model = model or build("bert", "ForSequenceClassification", **no_dropout())
+    if model is None and "model_init" not in arguments:
+        model = build("bert", "ForSequenceClassification", **no_dropout())
     settings = {
         "per_device_train_batch_size": 8,
         "max_steps": 12,
@@ -58,15 +81,59 @@ def trainer_for(folder, method=None, *, model=None, callbacks=(), trainer=Traine
         "use_cpu": True,
         **arguments,
     }
-    extra = {key: settings.pop(key) for key in ("compute_loss_func", "compute_metrics") if key in settings}
+    own = ("compute_loss_func", "compute_metrics", "optimizers", "model_init")
+    extra = {"data_collator": collate, **{key: settings.pop(key) for key in (*own, "data_collator") if key in settings}}
     callbacks = [*callbacks, *([tp.TokenPruneCallback(method)] if method else [])]
-    return trainer(
+    made = trainer(
         model, TrainingArguments(str(folder), **settings), train_dataset=data or Texts(), eval_dataset=Texts(32, seed=1),
-        data_collator=collate, callbacks=callbacks, **extra,
+        callbacks=callbacks, **extra,
     )  # fmt: skip
+    made.remove_callback(PrinterCallback)
+    return made
 
 
 def top(**settings):
     """A ToP that fits into a dozen steps."""
     schedule = settings.pop("schedule", tp.Schedule(dense=1, anneal=1, settle=1))
     return tp.ToP(**{"target_macs": 0.5, "rank_bins": 8, "rank_topk": 4, "rank_weight": 0.1, "schedule": schedule, **settings})
+
+
+class Recorder(TrainerCallback):
+    """What another callback gets to see: every log, and whatever `look` says of the model after each step."""
+
+    def __init__(self, look=None):
+        self.logs, self.looks, self.look = [], [], look
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.look:
+            self.looks.append(self.look(model))
+
+
+def kept_bins(model):
+    """Which bins each site keeps, as lists of 0 and 1."""
+    return [site.kept.tolist() for site in model.token_pruner.sites.values()]
+
+
+def spent_share(model, data):
+    """MACs of the model over a data set, as a share of the dense model's on the real tokens."""
+    meter = tp.cost.CostMeter(model, max_length=100)
+    model.eval()
+    for row in data:
+        with torch.no_grad():
+            model(input_ids=row["input_ids"][None])
+        meter.update()
+    return 1 / meter.cost.true_length_reduction
+
+
+def at_home(model):
+    """The same model with its weights in memory of their own.
+
+    Tensors that lie in a mapped safetensors file are not aligned as torch aligns its own, and some of its kernels then round the
+    last bit differently (a dense model does the same). After this, equal weights give equal bits.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..gates import keep_probability, log_alpha_for, sample_hard_concrete, scale_rate
 from ..losses import lagrangian, ranking_distillation
 from ..modeling.modeling_token_pruned import attach
-from ..modeling.selectors import RankBins, always_kept, relative_rank
+from ..modeling.selectors import RankBins, relative_rank
 from ..schedule import Schedule, ramp
 from .base import Objective
 
@@ -266,6 +266,6 @@ class SoftBins:
         self.selector, self.weights = selector, weights
 
     def __call__(self, importance, batch, protected):
-        rank, relative = relative_rank(importance, batch, protected)
+        _, relative = relative_rank(importance, batch, protected)
         weights = self.weights[self.selector.bin_of(relative)]
-        return torch.where(always_kept(rank, batch, protected), torch.ones_like(weights), weights)
+        return torch.where(protected, torch.ones_like(weights), weights)

@@ -61,6 +61,8 @@ def packed_attention(query, key, value, batch, *, dropout=0.0, scaling=None, win
     explicit = importance or batch.weights is not None or (dropout > 0 and query.device.type == "cpu")
     if explicit:
         query = query * scaling
+    if len(batch.runs) == 1 and batch.runs[0][1] == 1 and not (explicit or window or first_only):
+        return sdpa(query, key, value, dropout_p=dropout, scale=scaling).transpose(1, 2), None
     # `split`, not slices: its gradient is one concatenation, where each slice's would be a tensor of the whole batch.
     sizes = [count * length for _, count, length in batch.runs]
     pieces = zip(*(x[0].transpose(0, 1).split(sizes) for x in (query, key, value)), strict=True)
@@ -89,7 +91,7 @@ def packed_attention(query, key, value, batch, *, dropout=0.0, scaling=None, win
         else:
             out = sdpa(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scaling)
         contexts.append(out.transpose(1, 2).reshape(-1, heads, width))
-    context = torch.cat(contexts) if len(contexts) > 1 else contexts[0] if contexts else value
+    context = torch.cat(contexts) if len(contexts) > 1 else contexts[0]
     if first_only:
         context = value.new_zeros(total, heads, width).index_copy(0, batch.first_rows, context)
-    return context[None], (torch.cat(received) if received else value.new_zeros(0)) if importance else None
+    return context[None], torch.cat(received) if importance else None

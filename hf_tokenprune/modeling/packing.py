@@ -56,6 +56,9 @@ class PackedBatch:
             )
         mask = mask.to(device=device, dtype=torch.bool)
         lengths = mask.sum(1).tolist()
+        if not any(lengths):  # layers cannot run on no token at all: let one stand for the empty batch
+            mask = mask.clone()
+            mask[0, 0], lengths[0] = True, 1
         if min(lengths, default=0) == seq_len:
             return cls(batch_size, seq_len, lengths, samples, everything, dense=True)
         index = everything[mask.reshape(-1)]

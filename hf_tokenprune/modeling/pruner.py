@@ -17,7 +17,7 @@ from .architectures import find_encoder, get_layers, reads_only_pooled
 from .attention import ATTENTION, packed_attention, register_attention
 from .errors import ConfigError, UnsupportedInputError
 from .packing import PackedBatch
-from .selectors import SELECTORS
+from .selectors import SELECTORS, most_important
 
 _active = threading.local()
 
@@ -81,12 +81,18 @@ class LayerCall:
             return
         elif self.pruner.is_soft:
             weights = self.pruner.soft[self.layer](self.importance, self.batch, self.protected)
+            if not self.pruner.family.summary_tokens:
+                last = most_important(self.importance, self.batch, self.protected)
+                weights = torch.where(last, torch.ones_like(weights), weights)
             if self.batch.weights is not None:
                 weights = weights * self.batch.weights
             rows = (weights > 0).nonzero().squeeze(1)
             weights = weights[rows]
         else:
-            rows = site.keep(self.importance, self.batch, self.protected).nonzero().squeeze(1)
+            keep = site.keep(self.importance, self.batch, self.protected)
+            if not self.pruner.family.summary_tokens:
+                keep = keep | most_important(self.importance, self.batch, self.protected)
+            rows = keep.nonzero().squeeze(1)
         if rows.shape[0] < self.batch.total:
             self.rows, self.survivors = rows, self.batch.select(rows, weights)
         elif weights is not None:
@@ -238,10 +244,11 @@ class TokenPruner(nn.Module):
             keep(layer.register_forward_pre_hook(functools.partial(self._before_layer, number), with_kwargs=True))
             # Before any hook of transformers that records hidden states, so that these are of the tokens that stay.
             keep(layer.register_forward_hook(self._after_layer, prepend=True))
-            cut = layer.get_submodule(self.family.cut)
-            keep(cut.register_forward_pre_hook(self._before_cut))
-            if not self.family.cut_residual:
-                keep(cut.register_forward_hook(self._after_cut))
+            if str(number) in self.sites or (self.pooled_head and number == len(layers) - 1):
+                cut = layer.get_submodule(self.family.cut)
+                keep(cut.register_forward_pre_hook(self._before_cut))
+                if not self.family.cut_residual:
+                    keep(cut.register_forward_hook(self._after_cut))
 
     def unhook(self):
         """Remove every hook."""

@@ -34,20 +34,24 @@ def relative_rank(importance, batch, protected):
     """
     rows, width = len(batch.lengths), max(batch.lengths, default=0)
     score = importance.detach().float().masked_fill(protected, float("-inf"))
-    table = score.new_full((rows, width), float("-inf"))
-    table[batch.sequence_ids, batch.places] = score
-    order = table.argsort(dim=1, descending=True, stable=True)
-    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand(rows, width))
-    rank = ranks[batch.sequence_ids, batch.places]
-    droppable = torch.zeros(rows, dtype=torch.long, device=order.device).index_add_(0, batch.sequence_ids, (~protected).long())
+    droppable = torch.zeros(rows, device=score.device).index_add_(0, batch.sequence_ids, (~protected).float())
+    even = batch.total == rows * width
+    if even:
+        table = score.view(rows, width)
+    else:
+        table = score.new_full((rows, width), float("-inf"))
+        table[batch.sequence_ids, batch.places] = score
+    ranks = table.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = ranks.view(-1) if even else ranks[batch.sequence_ids, batch.places]
     return rank, (rank + 0.5) / droppable[batch.sequence_ids].clamp(min=1)
 
 
-def always_kept(rank, batch, protected):
-    """`(T,)` bool: protected tokens, and the most important token of a sequence that has none, so that none ever ends empty."""
+def most_important(importance, batch, protected):
+    """`(T,)` bool: the most important token of each sequence that has no protected one, so that none ever ends empty."""
+    rank, _ = relative_rank(importance, batch, protected)
     guarded = torch.zeros(len(batch.lengths), dtype=torch.bool, device=protected.device)
     guarded[batch.sequence_ids[protected]] = True
-    return protected | ((rank == 0) & ~guarded[batch.sequence_ids])
+    return (rank == 0) & ~guarded[batch.sequence_ids]
 
 
 class Selector(nn.Module):
@@ -107,8 +111,8 @@ class RankBins(Selector):
                 "This checkpoint does not say which tokens its sites keep (a `token_pruner.sites.*.kept` tensor is missing "
                 "from its safetensors file). Load a complete checkpoint."
             )
-        rank, relative = relative_rank(importance, batch, protected)
-        return self.kept[self.bin_of(relative)].bool() | always_kept(rank, batch, protected)
+        _, relative = relative_rank(importance, batch, protected)
+        return self.kept[self.bin_of(relative)].bool() | protected
 
     def pattern(self):
         """The kept bins as a list of 1, 0 (or -1 = unknown), fetched from the device only when the buffer has changed."""
@@ -162,7 +166,7 @@ class TopK(Selector):
     def keep(self, importance, batch, protected):
         rank, relative = relative_rank(importance, batch, protected)
         stays = rank < self.share if isinstance(self.share, int) else relative < self.share
-        return stays | always_kept(rank, batch, protected)
+        return stays | protected
 
     def settings(self):
         return {"keep": self.share}
