@@ -7,8 +7,6 @@ say everything about it: how many samples, the sum of `m` and the sum of `m^2`.
 
 from dataclasses import dataclass
 
-import torch
-
 from .cost import layer_shapes
 
 
@@ -45,13 +43,24 @@ class Budget:
         """The share of the dense model's MACs on the real tokens (full last layer) that is spent.
 
         Args:
-            kept: `(sites,)` share of the droppable tokens that enter a site and survive it, in order of layers.
+            kept: per site, in order of layers, the share of the droppable tokens that enter it and survive: a tensor `(sites,)` or
+                a list of floats.
             lengths: `Lengths` of the data.
 
         Returns:
-            Scalar tensor, differentiable in `kept`.
+            A scalar like the entries of `kept`: a tensor, differentiable in `kept`, or a float.
         """
-        return self._macs(kept, lengths) / self._macs(None, lengths)
+        kept = dict(zip(self.sites, kept, strict=True))
+        alive, spent, dense = 1.0, 0.0, 0.0
+        for layer, shape in enumerate(self.shapes):
+            dense = dense + self._layer(shape, 1.0, 1.0, lengths)
+            entering, alive = alive, alive * kept.get(layer, 1.0)
+            if self.pooled_head and layer == len(self.shapes) - 1:
+                tokens = self._tokens(entering, lengths)
+                spent = spent + (shape.before + shape.attention) * tokens + shape.after * lengths.samples
+            else:
+                spent = spent + self._layer(shape, entering, alive, lengths)
+        return spent / dense
 
     def least(self):
         """The smallest share that long texts could be brought down to: everything dropped at the first site."""
@@ -59,28 +68,11 @@ class Budget:
         first = self.sites[0]
         return (sum(s.before + s.after for s in self.shapes[:first]) + self.shapes[first].before) / whole
 
-    def _macs(self, kept, lengths):
-        def tokens(alive):
-            return lengths.samples * self.protected + alive * lengths.droppable
+    def _layer(self, shape, entering, surviving, lengths):
+        pairs = self.protected**2 * lengths.samples + 2 * self.protected * entering * lengths.droppable
+        pairs = pairs + entering * entering * lengths.squares
+        tokens = shape.before * self._tokens(entering, lengths) + shape.after * self._tokens(surviving, lengths)
+        return tokens + shape.attention * pairs
 
-        def pairs(alive):
-            return (
-                lengths.samples * self.protected**2
-                + 2 * self.protected * alive * lengths.droppable
-                + alive**2 * lengths.squares
-            )
-
-        alive = torch.ones((), dtype=torch.float64)
-        total = torch.zeros((), dtype=torch.float64)
-        for layer, shape in enumerate(self.shapes):
-            entering = alive
-            if kept is not None and layer in self.sites:
-                alive = alive * kept[self.sites.index(layer)].double()
-            if kept is not None and self.pooled_head and layer == len(self.shapes) - 1:
-                total = total + shape.before * tokens(entering) + (shape.after + 0.0) * lengths.samples
-                total = total + shape.attention * tokens(entering)
-            else:
-                total = (
-                    total + shape.before * tokens(entering) + shape.after * tokens(alive) + shape.attention * pairs(entering)
-                )
-        return total
+    def _tokens(self, alive, lengths):
+        return self.protected * lengths.samples + alive * lengths.droppable

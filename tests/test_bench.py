@@ -126,14 +126,18 @@ def test_macs_are_those_of_the_texts(folders):
 
 
 def test_contenders_take_turns_and_medians_are_taken(monkeypatch):
-    ran = []
+    ran, threads = [], torch.get_num_threads() + 1
 
     def fake(model, _batch):
+        assert torch.get_num_threads() == threads
+        assert not model.training
+        assert torch.is_inference_mode_enabled()
         ran.append(model)
         return float(len(ran))
 
     monkeypatch.setattr(benching, "_seconds", fake)
-    result = bench(pruned_model(), SENTENCES, tokenizer=make_tokenizer(), batch_sizes=[3], repeats=3)
+    model = pruned_model().train()
+    result = bench(model, SENTENCES, tokenizer=make_tokenizer(), batch_sizes=[3], repeats=3, threads=threads)
     entry = result["results"][0]
     rounds = [ran[start : start + 4] for start in range(0, len(ran), 4)]
     assert len(rounds) == 3 * 2
@@ -178,7 +182,7 @@ def test_a_model_in_memory_is_left_as_it_is(dtype):
     model.token_pruner.objective = lambda _, forward, args, kwargs: forward(*args, **kwargs)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     threads = torch.get_num_threads()
-    result = bench(model, SENTENCES, tokenizer=make_tokenizer(), batch_sizes=[2], threads=1, repeats=1, dtype=dtype)
+    result = bench(model, SENTENCES, tokenizer=make_tokenizer(), batch_sizes=[2], threads=threads + 1, repeats=1, dtype=dtype)
     assert result["dtype"] == (dtype or "float32")
     assert result["model"] == "BertForSequenceClassification"
     assert torch.get_num_threads() == threads

@@ -21,9 +21,14 @@ class ToP:
 
     At each site the tokens of a text are ranked by the attention they receive; `rank_bins` gates say which bins of relative rank
     survive, and one gate says whether the site prunes at all (section 4.2). The expected MACs of all gates are held to a target
-    that tightens from what the dense model spends to `target_macs` by a Lagrangian whose multipliers are learned (section 4.3).
-    The teacher's logits are distilled, and its last layer's ranking of the tokens, with LambdaARP2, into the early layers
-    (section 4.1).
+    that tightens linearly from what the dense model spends to `target_macs` (section 4.3). The teacher's logits are distilled, and
+    its last layer's ranking of the tokens, with LambdaARP2, into the early layers (section 4.1).
+
+    Two ways to hold the target. "lagrangian" is the paper's: all gates start open and alike, and multipliers are learned that
+    press on all of them; they need thousands of steps to follow. "projected" holds it exactly in every step: a common shift of all
+    gates is solved for, and the gates' gradient is projected onto the plane of equal cost, so that the task only moves tokens
+    from one bin or layer to another. The gates start in the order of rank and get steeper over the annealing, so that the
+    soft model ends as the hard one.
 
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's. 0.4 is 2.5 times fewer.
@@ -33,6 +38,7 @@ class ToP:
         rank_topk: how many of the teacher's most important tokens the ranking loss looks at.
         rank_weight: weight of the ranking loss at the start; it falls to 1 % of this over the annealing. 0 = none.
         distill_weight: weight of the teacher's logits against the task's own loss of weight 1.
+        constraint: "projected" or "lagrangian", see above.
         gate_lr: how far a gate (a log-odds) moves per step of an Adam-like optimizer at the peak of its schedule.
             None = enough to cross its whole range within the anneal phase.
         schedule: how the run's steps are shared out.
@@ -52,6 +58,7 @@ class ToP:
     rank_topk: int = 20
     rank_weight: float = 0.0
     distill_weight: float = 1.0
+    constraint: str = "projected"
     gate_lr: float | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
@@ -69,6 +76,8 @@ class ToP:
         for name in ("rank_weight", "distill_weight"):
             if not _number(getattr(self, name)) or getattr(self, name) < 0:
                 refuse(name, "a number, 0 or more")
+        if self.constraint not in ("projected", "lagrangian"):
+            refuse("constraint", '"projected" or "lagrangian"')
         if self.gate_lr is not None and (not _number(self.gate_lr) or self.gate_lr <= 0):
             refuse("gate_lr", "a number above 0, or None")
         if isinstance(self.teacher, str) and not self.teacher:
@@ -100,7 +109,7 @@ class ToP:
                 "name the layers yourself, ToP(sites=(0,))."
             )
         attach(model, {site: RankBins(self.rank_bins) for site in sites}, method=self.settings())
-        model.token_pruner.training_state = Gates(len(sites), self.rank_bins).to(model.device)
+        model.token_pruner.training_state = Gates(len(sites), self.rank_bins, self.constraint).to(model.device)
         objective = ToPObjective(model, self)
         least = objective.budget.least()
         if self.target_macs < least:
@@ -127,10 +136,10 @@ class Gates(nn.Module):
     Parameters start at 0 and mean `initial + scale * parameter`.
     """
 
-    BIN_START = 0.97
-    SITE_START = 0.97
+    OPEN = 0.97  # probability with which a gate starts open
+    SLOPE = 8.0  # "projected": log-odds of the bin of highest rank, and minus those of the lowest
 
-    def __init__(self, sites, bins):
+    def __init__(self, sites, bins, constraint):
         super().__init__()
         self.bins = nn.Parameter(torch.zeros(sites, bins))
         self.sites = nn.Parameter(torch.zeros(sites))
@@ -138,26 +147,31 @@ class Gates(nn.Module):
         self.register_buffer("lengths", torch.zeros(3, dtype=torch.float64))
         self.register_buffer("teacher", torch.tensor(0))
         self.register_buffer("scale", torch.tensor(1.0))
+        flat = torch.full((bins,), log_alpha_for(self.OPEN))
+        start = self.SLOPE * torch.linspace(1, -1, bins) if constraint == "projected" else flat
+        self.register_buffer("start", start, persistent=False)
 
-    def bin_log_alpha(self):
-        """`(sites, bins)` log-odds that a bin is kept where its site prunes."""
-        return log_alpha_for(self.BIN_START) + scale_rate(self.bins, self.scale)
-
-    def site_log_alpha(self):
-        """`(sites,)` log-odds that a site prunes."""
-        return log_alpha_for(self.SITE_START) + scale_rate(self.sites, self.scale)
+    def log_alpha(self):
+        """`(sites, bins + 1)` log-odds: that a bin is kept where its site prunes; in the last column, that the site prunes."""
+        bins = self.start + scale_rate(self.bins, self.scale)
+        sites = log_alpha_for(self.OPEN) + scale_rate(self.sites, self.scale)
+        return torch.cat([bins, sites[:, None]], dim=1)
 
     def first_and_second(self):
         """The two Lagrange multipliers."""
         return scale_rate(self.multipliers, self.scale)
 
-    def kept(self):
-        """`(sites, bins)` probability that a token of this bin survives this site."""
-        return 1 - keep_probability(self.site_log_alpha())[:, None] * (1 - keep_probability(self.bin_log_alpha()))
+
+def survival(log_alpha):
+    """`(sites, bins)` probability that a token of this bin survives this site."""
+    probability = keep_probability(log_alpha)
+    return 1 - probability[:, -1:] * (1 - probability[:, :-1])
 
 
 class ToPObjective(Objective):
     """See `ToP`."""
+
+    STEEPEST = 4.0  # "projected": by how much log-odds are multiplied at the end of the annealing
 
     def __init__(self, model, config):
         super().__init__(model, config.distill_weight)
@@ -168,7 +182,8 @@ class ToPObjective(Objective):
         early = range(max(1, self.pruner.layer_count // 3 + 1))
         self.early = [site for site in self.sites if site in early] or self.sites[:1]
         self.ranks = config.rank_weight > 0
-        self.start = float(self.budget.share(torch.ones(len(self.sites)), Lengths(1, 100, 10_000)))
+        self.current = None
+        self.start = self.budget.share([1.0] * len(self.sites), Lengths(1, 100, 10_000))
 
     def start_run(self, learning_rate, anneal_steps):
         """Fix how fast gates move, from the optimizer's own learning rate."""
@@ -182,28 +197,69 @@ class ToPObjective(Objective):
         progress = self.moment.progress if self.moment.phase == "anneal" else 1.0
         return max(ramp(progress, self.start, self.config.target_macs, warm=0.8), self.config.target_macs)
 
+    def log_alpha(self):
+        """The gates as they stand at this moment: learned log-odds, steeper and shifted onto the target if that is projected."""
+        log_alpha = self.gates.log_alpha()
+        if self.config.constraint == "lagrangian":
+            return log_alpha
+        progress = self.moment.progress if self.moment.phase == "anneal" else 1.0
+        steeper = ramp(progress, 1.0, self.STEEPEST)
+        bins = log_alpha[:, :-1] + self._shift(log_alpha.detach(), steeper)
+        return steeper * torch.cat([bins, log_alpha[:, -1:]], dim=1)
+
+    def _shift(self, log_alpha, steeper):
+        """What to add to all bins' log-odds so that the expected share of MACs is the target: by bisection."""
+        lengths, target = self.seen(), self.target()
+        low, high = -2 * self.gates.SLOPE - 40.0, 2 * self.gates.SLOPE + 40.0
+        bins, sites = log_alpha[:, :-1].cpu(), log_alpha[:, -1:].cpu()
+        for _ in range(30):
+            middle = (low + high) / 2
+            kept = survival(steeper * torch.cat([bins + middle, sites], dim=1)).mean(1).tolist()
+            if self.budget.share(kept, lengths) > target:
+                high = middle
+            else:
+                low = middle
+        return low
+
+    def seen(self):
+        """`Lengths` of the training texts so far; of one text of 100 tokens before the first."""
+        seen = self.gates.lengths.tolist()
+        return Lengths(*seen) if seen[0] else Lengths(1, 100, 10_000)
+
     def open_gates(self):
         if self.ranks and self.teacher is not None:
             self.pruner.watched = frozenset(self.early)
             self.teacher.token_pruner.watched = frozenset({self.teacher.token_pruner.layer_count - 1})
-        bins = sample_hard_concrete(self.gates.bin_log_alpha())
-        prunes = sample_hard_concrete(self.gates.site_log_alpha())
-        weights = 1 - prunes[:, None] * (1 - bins)
+        self.current = log_alpha = self.log_alpha()
+        if self.config.constraint == "projected":
+            log_alpha.register_hook(self._along_budget(log_alpha.detach()))
+        gates = sample_hard_concrete(log_alpha)
+        weights = 1 - gates[:, -1:] * (1 - gates[:, :-1])
         self.pruner.soft = {site: SoftBins(self.pruner.site(site), weights[i]) for i, site in enumerate(self.sites)}
+
+    def _along_budget(self, log_alpha):
+        """A hook that takes from a gradient its part that would change the expected MACs."""
+        with torch.enable_grad():
+            log_alpha.requires_grad_()
+            share = self.budget.share(survival(log_alpha).mean(1), self.seen())
+            (normal,) = torch.autograd.grad(share, log_alpha)
+        length = (normal * normal).sum().clamp(min=1e-20)
+        return lambda gradient: gradient - (gradient * normal).sum() / length * normal
 
     def observe(self):
         seen = Lengths.of(self.pruner.trace[0].entered, self.budget.protected)
-        self.gates.lengths += torch.tensor([seen.samples, seen.droppable, seen.squares], dtype=torch.float64)
+        self.gates.lengths += self.gates.lengths.new_tensor([seen.samples, seen.droppable, seen.squares])
 
     def losses(self, model, kwargs):
         if self.moment.phase != "anneal":
             return {}
         lengths = Lengths.of(self.pruner.trace[0].entered, self.budget.protected)
-        expected = self.budget.share(self.gates.kept().mean(1), lengths)
-        target = self.target()
-        first, second = self.gates.first_and_second()
+        expected = self.budget.share(survival(self.current).mean(1), lengths)
         self.note("macs_expected", expected.item())
-        terms = {"lagrangian": lagrangian(expected, target, first, second).float()}
+        terms = {}
+        if self.config.constraint == "lagrangian":
+            first, second = self.gates.first_and_second()
+            terms["lagrangian"] = lagrangian(expected, self.target(), first, second)
         if self.ranks and self.taught is not None:
             weight = ramp(self.moment.progress, self.config.rank_weight, 0.01 * self.config.rank_weight)
             terms["ranking"] = weight * self._ranking()
@@ -223,26 +279,24 @@ class ToPObjective(Objective):
     def harden(self):
         """Keep the most probable bins, as many as the target allows on texts as long as those seen so far.
 
-        The hard model thus spends the target exactly, whatever the gates' probabilities add up to.
+        The hard model thus spends the target, whatever the gates' probabilities add up to.
         """
         with torch.no_grad():
-            kept = self.gates.kept()
-            seen = self.gates.lengths
-            if self.moment.phase == "dense" or seen[0] == 0:
-                pattern = torch.ones_like(kept, dtype=torch.bool)
-            else:
-                pattern = self._most_probable(kept, Lengths(*seen.tolist()), self.target())
+            kept = survival(self.log_alpha())
+            pattern = torch.ones_like(kept, dtype=torch.bool)
+            if self.moment.phase != "dense":
+                pattern = self._most_probable(kept.cpu(), self.seen(), self.target())
             for i, site in enumerate(self.sites):
                 self.pruner.site(site).set_kept(pattern[i])
 
     def _most_probable(self, kept, lengths, target):
         # Where gates are equal, as at the start, the more important bin survives.
-        kept = kept.double() + 1e-6 * torch.linspace(1, 0, kept.shape[1], dtype=torch.float64, device=kept.device)
+        kept = kept.double() + 1e-6 * torch.linspace(1, 0, kept.shape[1], dtype=torch.float64)
         levels = kept.flatten().unique().tolist()  # ascending: the higher the level, the fewer bins survive
         low, high = 0, len(levels)
         while low < high:
             middle = (low + high) // 2
-            if self.budget.share((kept >= levels[middle]).float().mean(1), lengths) <= target:
+            if self.budget.share((kept >= levels[middle]).double().mean(1).tolist(), lengths) <= target:
                 high = middle
             else:
                 low = middle + 1
