@@ -138,7 +138,7 @@ def test_a_row_of_padding_is_finite_and_touches_no_other(name, head):
             torch.testing.assert_close(packed[row][real], dense[row][real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", [name for name in TEXT if name != "esm"])  # whose own embedding divides by the length
 def test_a_batch_of_nothing_but_padding_is_finite(name):
     model = build(name, "ForSequenceClassification")
     for sites in ((), (1,)):
@@ -445,10 +445,10 @@ def test_a_copy_works_and_is_independent(name):
     dense = outputs_of(model, inputs)
     tp.attach(model, {1: tp.TopK(0.5)})
     pruned = outputs_of(model, inputs)
+    trace, model.token_pruner.trace = model.token_pruner.trace, []
     twin = copy.deepcopy(model)
-    model.token_pruner.trace = []
     assert_same(outputs_of(twin, inputs), pruned)
-    assert model.token_pruner.trace == []
+    assert (twin.token_pruner.trace, model.token_pruner.trace) == (trace, [])
     assert_same(outputs_of(tp.detach(twin), inputs), dense)
     assert_same(outputs_of(model, inputs), pruned)
     with torch.no_grad():

@@ -79,7 +79,7 @@ def test_the_log_holds_the_budget_the_tokens_and_every_loss(learned):
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == STEPS // 2
     always = {"macs_target", "macs_realised", "pruning_phase", *(f"tokens_after_{layer}" for layer in range(4))}
-    annealing = {"macs_expected", "lagrangian", "distillation", "ranking", "soft_hard_gap"}
+    annealing = {"macs_expected", "distillation", "ranking", "soft_hard_gap"}
     for number, entry in enumerate(entries, start=1):
         expected = {"dense": set(), "anneal": annealing, "settle": {"distillation"}}
         phase = top().schedule.at(2 * number - 1, STEPS).phase
@@ -161,12 +161,13 @@ RUNS = {
     "own teacher": lambda folder: {"method": top()},
     "no teacher": lambda folder: {"method": top(teacher=None)},
     "teacher model": lambda folder: {"method": top(teacher=build("bert", HEAD, seed=5))},
+    "lagrangian": lambda folder: {"method": top(constraint="lagrangian")},
     "no ranking, accumulation": lambda folder: {
         "method": top(rank_weight=0.0), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
     },
 }  # fmt: skip
 KILLS = [("own teacher", step) for step in (2, DENSE, 5, 6, ANNEAL, 10)]
-KILLS += [(name, step) for name in list(RUNS)[1:] for step in (6, 10)]
+KILLS += [(name, step) for name in list(RUNS)[1:] for step in ((6,) if name == "lagrangian" else (6, 10))]
 
 
 def dropout_run(folder, name, resume=None):
@@ -226,7 +227,7 @@ def test_the_teacher_lies_beside_the_checkpoints_and_is_written_once(tmp_path):
         assert not (tmp_path / f"checkpoint-{step}" / "teacher").exists()
     layers = [name for name in trainer.model.state_dict() if "layer.0.attention.self.query.weight" in name]
     assert len(layers) == 1, "the teacher's weights are no part of the model"
-    dense = tp.from_pretrained(tmp_path / f"checkpoint-{DENSE}")
+    dense = tp.pack(tp.detach(tp.from_pretrained(tmp_path / f"checkpoint-{DENSE}")))
     teacher = tp.from_pretrained(tmp_path / "teacher")
     inputs = make_inputs("bert", HEAD)
     assert torch.equal(outputs_of(at_home(teacher), inputs)["logits"], outputs_of(at_home(dense), inputs)["logits"])
@@ -375,31 +376,61 @@ def test_accumulating_two_micro_batches_is_one_batch(tmp_path, way):
     for accumulation in (1, 2):
         trainer = trained(
             tmp_path, model=make_model(), per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
-            max_grad_norm=0, optim="sgd", learning_rate=0.01, **case, **WAYS[way],
+            max_steps=6, max_grad_norm=0, optim="sgd", learning_rate=0.01, **case, **WAYS[way],
         )  # fmt: skip
         states.append(trainer.model.state_dict())
         states[-1].pop("token_pruner.training_state.teacher")  # a fingerprint of the very bits
     assert_close_state(*states, atol=1e-5)
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-@pytest.mark.parametrize("ranks", [0.0, 0.1], ids=["", "ranking"])
+class Checkpointing(TrainerCallback):
+    """Activation checkpointing in the steps of one phase, and what survived layer 2 in each step."""
+
+    def __init__(self, plan, phase, reentrant):
+        self.plan, self.phase, self.reentrant, self.survived = plan, phase, reentrant, []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.plan.at(state.global_step, state.max_steps).phase == self.phase:
+            model.activation_checkpointing_enable({"use_reentrant": self.reentrant})
+        elif model.is_activation_checkpointing:
+            model.activation_checkpointing_disable()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.survived.append(sum(model.token_pruner.trace[2].survived) / sum(model.token_pruner.trace[2].entered))
+
+
+def checkpointed_run(folder, phase, reentrant=False):
+    """Gates of high rate, so that some of the anneal phase drop tokens."""
+    plan = Schedule(dense=1, anneal=2, settle=1)
+    look = Checkpointing(plan, phase, reentrant)
+    model = build("bert", HEAD)
+    trainer = trained(folder, top(schedule=plan, gate_lr=2.0), max_steps=8, learning_rate=1e-4, model=model, callbacks=[look])
+    return trainer.model.state_dict(), look.survived
+
+
+@pytest.fixture(scope="module")
+def without_checkpointing(tmp_path_factory):
+    torch.manual_seed(0)
+    state, survived = checkpointed_run(tmp_path_factory.mktemp("plain"), "none")
+    assert survived[:2] == [1, 1]
+    assert min(survived[2:6]) < 1, "annealing drops tokens"
+    assert max(survived[6:]) < 1, "settling drops tokens"
+    return state
+
+
 @pytest.mark.parametrize("phase", ["dense", "anneal", "settle"])
-def test_activation_checkpointing_changes_nothing(tmp_path, phase, ranks, reentrant):
-    """In the run's one annealing step gates of 1 are all it takes; `anneal` has steps in which tokens are dropped by gates."""
-    shares = {"dense": (5, 1, 0), "anneal": (0, 6, 0), "settle": (0, 1, 5)}[phase]
-    plan = Schedule(**dict(zip(("dense", "anneal", "settle"), shares, strict=True)))
-    states = []
-    for checkpointed in (False, True):
-        recorder = Recorder(look=lambda model: [sum(layer.survived) for layer in model.token_pruner.trace])
-        trainer = trained(
-            tmp_path, top(schedule=plan, rank_weight=ranks), max_steps=6, model=build("bert", HEAD), callbacks=[recorder],
-            activation_checkpointing=checkpointed, activation_checkpointing_kwargs={"use_reentrant": reentrant},
-        )  # fmt: skip
-        states.append(trainer.model.state_dict())
-        if phase == "settle":
-            assert recorder.looks[-1][2] < recorder.looks[-1][0], "tokens are really dropped"
-    assert_same_state(states[1], states[0])
+def test_activation_checkpointing_changes_nothing(tmp_path, without_checkpointing, phase):
+    state, _ = checkpointed_run(tmp_path, phase)
+    assert_same_state(state, without_checkpointing)
+
+
+def test_reentrant_checkpointing_changes_nothing_or_is_refused(tmp_path, without_checkpointing):
+    """It runs the first forward without gradients, so that nothing reaches the gates but through the layer's own output."""
+    try:
+        state, _ = checkpointed_run(tmp_path, "anneal", reentrant=True)
+    except tp.errors.TrainingError:
+        return
+    assert_same_state(state, without_checkpointing)
 
 
 def test_bf16_trains_and_drops_tokens(tmp_path):
@@ -410,12 +441,13 @@ def test_bf16_trains_and_drops_tokens(tmp_path):
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_gates_learn_and_the_budget_is_met_whoever_computes_the_loss(tmp_path, way):
-    trainer = trained(tmp_path, **WAYS[way])
+@pytest.mark.parametrize("constraint", ["projected", "lagrangian"])
+@pytest.mark.parametrize("way", ["label smoothing", "compute_loss_func", "compute_loss from logits"])
+def test_gates_learn_and_the_budget_is_met_whoever_computes_the_loss(tmp_path, way, constraint):
+    trainer = trained(tmp_path, top(constraint=constraint), **WAYS[way])
+    assert bool(logged(trainer, "lagrangian")) == (constraint == "lagrangian")
     objective = trainer.model.token_pruner.objective
-    moved = [parameter.abs().min().item() for parameter in objective.parameters()]
-    assert min(moved) > 0, "every gate and multiplier has moved"
+    assert any(parameter.abs().max() > 0 for parameter in objective.parameters()), "gates have moved"
     assert 0.45 < spent_share(trainer.model, Texts()) < 0.51
 
 
@@ -430,17 +462,25 @@ class GatesOf(TrainerCallback):
         self.values.append([parameter.detach() * gates.scale for parameter in gates.parameters()])
 
 
+@pytest.mark.parametrize("constraint", ["projected", "lagrangian"])
 @pytest.mark.parametrize("learning_rate", [1e-3, 1e-5])
-def test_gates_move_at_their_own_rate(tmp_path, learning_rate):
+def test_gates_move_at_their_own_rate(tmp_path, learning_rate, constraint):
+    """Adam's step is its learning rate where the first gradient came in the first step, and about 0.6 of it if it came later."""
     look = GatesOf()
     plan = Schedule(dense=0, anneal=1, settle=0)
     trained(
-        tmp_path, top(schedule=plan, gate_lr=0.05), max_steps=3, lr_scheduler_type="constant", learning_rate=learning_rate,
-        callbacks=[look],
+        tmp_path, top(schedule=plan, gate_lr=0.05, constraint=constraint), max_steps=6, lr_scheduler_type="constant",
+        learning_rate=learning_rate, callbacks=[look],
     )  # fmt: skip
-    for before, after in zip(look.values[1], look.values[2], strict=True):
-        assert 0.02 < (after - before).abs().min()
-        assert (after - before).abs().max() < 0.08
+    values = [torch.cat([value.flatten() for value in step]) for step in look.values]
+    first = []
+    for before, after in zip([torch.zeros_like(values[0]), *values], values, strict=False):
+        first.append((after - before).abs()[before == 0])
+    first = torch.cat([moved[moved > 0] for moved in first])
+    assert (first > 0.4 * 0.05).sum() > 4
+    assert first.max() < 1.02 * 0.05
+    if constraint == "lagrangian":
+        assert first.max() > 0.98 * 0.05
 
 
 def test_clipping_is_not_dominated_by_the_gates(tmp_path):
@@ -473,7 +513,7 @@ def test_an_optimizer_made_after_attach_works(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     trainer = trainer_for(tmp_path, model=model, callbacks=[callback], optimizers=(optimizer, None))
     trainer.train()
-    assert all(parameter.abs().min() > 0 for parameter in callback.objective.parameters())
+    assert any(parameter.abs().max() > 0 for parameter in callback.objective.parameters()), "gates have moved"
     assert 0.45 < spent_share(trainer.model, Texts()) < 0.51
 
 
@@ -520,6 +560,7 @@ WRONG = [
     *(("sites", value) for value in ((), (-1,), ("1",), (1.0,), (True,), "12", 1)),
     *((name, value) for name in ("rank_bins", "rank_topk") for value in (1, 0, -5, 2.0, True, "8", None)),
     *((name, value) for name in ("rank_weight", "distill_weight") for value in (-1, float("nan"), float("inf"), "1", None)),
+    *(("constraint", value) for value in (None, "none", 1)),
     *(("gate_lr", value) for value in (0, -1, float("nan"), float("inf"), "1")),
     *(("teacher", value) for value in ("", 3)),
     *(("schedule", value) for value in (None, (1, 2, 1), {"dense": 1})),
@@ -580,14 +621,14 @@ def test_a_teacher_may_be_given(tmp_path, kind):
     teacher = build("bert", HEAD, seed=3, num_hidden_layers=5 if kind == "bigger model" else 4).train()
     if "pruned" in kind:
         tp.attach(teacher, {1: tp.TopK(0.2)})
-    before = trace_of(teacher)
     given = teacher
     if "folder" in kind or kind == "Path":
         teacher.save_pretrained(tmp_path / "given")
         given = tmp_path / "given" if kind == "Path" else str(tmp_path / "given")
     elif kind == "None":
         given = None
-    trainer = trained(tmp_path / "run", top(teacher=given))
+    before = trace_of(teacher)
+    trainer = trained(tmp_path / "run", top(teacher=given), max_steps=6)
     assert bool(logged(trainer, "distillation")) == (given is not None)
     assert bool(logged(trainer, "ranking")) == (given is not None)
     assert not (tmp_path / "run" / "teacher").exists(), "only the run's own teacher has to be kept"
@@ -687,8 +728,16 @@ def test_an_output_that_is_no_loss_is_not_taken_for_one():
     model = callback.attach(build("bert", "ForPreTraining", **no_dropout())).train()
     callback.objective.moment = top().schedule.at(5, TOTAL)
     inputs = make_inputs("bert", HEAD)
+    torch.manual_seed(0)
+    without = model(**inputs)[0]
+    torch.manual_seed(0)
+    assert torch.equal(model(**inputs, labels=inputs["input_ids"])[0], without)
+
+
+@pytest.mark.parametrize("phase", [1, 5, 10])
+def test_a_forward_in_training_mode_without_gradients_works(phase):
+    callback = tp.TokenPruneCallback(top(teacher=None))
+    model = callback.attach(build("bert", HEAD)).train()
+    callback.objective.moment = top().schedule.at(phase, TOTAL)
     with torch.no_grad():
-        torch.manual_seed(0)
-        without = model(**inputs)[0]
-        torch.manual_seed(0)
-        assert torch.equal(model(**inputs, labels=inputs["input_ids"])[0], without)
+        assert model(**make_inputs("bert", HEAD)).logits.isfinite().all()

@@ -119,13 +119,14 @@ def _check(family, model, encoder):
 
 
 def reads_only_pooled(family, model, encoder):
-    """Does this head read nothing but the first token? Then the last layer needs to compute that token alone."""
+    """Does this head read nothing but the first token? Then the last layer needs to compute that token alone. Only heads of
+    transformers are known well enough to say so."""
     if model is encoder or not family.summary_tokens:
         return False
     if getattr(encoder.config, "classifier_pooling", "cls") != "cls":
         return False
-    names = [cls.__name__ for cls in type(model).__mro__]
-    return any(name.endswith(ending) for name in names for ending in family.pooled_heads)
+    head = getattr(type(model), "_dense_class", type(model))
+    return head.__module__.startswith("transformers.") and head.__name__.endswith(family.pooled_heads)
 
 
 def get_layers(family, encoder):

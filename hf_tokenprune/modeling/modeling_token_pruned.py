@@ -27,6 +27,7 @@ class TokenPruningMixin:
         if getattr(config, "token_pruning", None) is None:
             config.token_pruning = make_config()
         self.token_pruner = TokenPruner(self, read_config(config.token_pruning))
+        self.token_pruner.install(self)
         self.post_init()
 
     def _init_weights(self, module):
@@ -50,12 +51,16 @@ def token_pruned_class(dense_class):
     """The class `TokenPruned<dense_class>`. It is shown under its own name but answers to the dense class's `__name__`, which
     is how pipelines, PEFT and exporters recognise a model."""
 
+    def plain_forward(self, *args, **kwargs):
+        with self.token_pruner.head():
+            return dense_class.forward(self, *args, **kwargs)
+
     @functools.wraps(dense_class.forward)
     def forward(self, *args, **kwargs):
         objective = self.token_pruner.objective
         if objective is None or not self.training:
-            return dense_class.forward(self, *args, **kwargs)
-        return objective(self, functools.partial(dense_class.forward, self), args, kwargs)
+            return plain_forward(self, *args, **kwargs)
+        return objective(self, functools.partial(plain_forward, self), args, kwargs)
 
     ignored = tuple(dense_class._keys_to_ignore_on_load_unexpected or ())
     members = {
@@ -147,7 +152,7 @@ def read_config(config):
             raise damaged(f"{layer!r} is not the number of a layer, or is listed twice")
         seen.add(layer)
         kind = selector.pop("kind", None)
-        if kind not in SELECTORS:
+        if not isinstance(kind, str) or kind not in SELECTORS:
             raise ConfigError(
                 f"config.token_pruning has a selector of kind {kind!r} at layer {layer}; known: {', '.join(sorted(SELECTORS))}."
             )
@@ -174,18 +179,22 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
         UnsupportedModelError: the model cannot be packed.
         ConfigError: a site is not a layer where tokens can be dropped.
     """
-    if is_token_pruned(model):
-        detach(model)
-    sites = sorted(dict(sites).items(), key=lambda pair: pair[0])
     if not isinstance(model, transformers.PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model. Pass the transformers model inside it."
-        )
-    config = read_config(make_config(sites, protected_token_ids, method))
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model. Pass the transformers model inside it.")
+    sites = dict(sites)
+    for layer, selector in sites.items():
+        if type(layer) is not int or not isinstance(selector, Selector):
+            raise ConfigError(f"attach(sites={{{layer!r}: {selector!r}}}): sites are {{number of a layer: selector}}.")
+    if not isinstance(protected_token_ids, (list, tuple)):
+        raise ConfigError(f"attach(protected_token_ids={protected_token_ids!r}): give a list of token ids.")
+    ordered = sorted(sites.items())
+    config = read_config(make_config(ordered, protected_token_ids, method))
     pruner = TokenPruner(model, config)
-    for layer, selector in sites:
+    for layer, selector in ordered:
         pruner.sites[str(layer)] = selector
+    detach(model)
     pruner.to(model.device).train(model.training)
+    pruner.install(model)
     model.__class__ = token_pruned_class(type(model))
     model.token_pruner = pruner
     model.config.token_pruning = config
@@ -225,12 +234,15 @@ def detach(model):
     """
     if not is_token_pruned(model):
         return model
-    pruner = model.token_pruner
-    pruner.unhook()
-    pruner.restore_attention()
+    model.token_pruner.uninstall(model)
     del model.token_pruner
     model.__class__ = type(model)._dense_class
-    for name in ("token_pruning", "auto_map"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
+    if hasattr(model.config, "token_pruning"):  # it may be gone with another model that has the same config object
+        del model.config.token_pruning
+    # Saving has put our class there; what a user had in it stays.
+    others = {k: v for k, v in (getattr(model.config, "auto_map", None) or {}).items() if "modeling_token_pruned." not in v}
+    if others:
+        model.config.auto_map = others
+    elif hasattr(model.config, "auto_map"):
+        del model.config.auto_map
     return model

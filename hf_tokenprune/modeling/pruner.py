@@ -5,6 +5,7 @@ One forward is a `Forward`, one layer of it a `LayerCall`. A layer call travels 
 layer's `cut` module (see `architectures.Family`) and the layer itself carry that out.
 """
 
+import contextlib
 import functools
 import threading
 from dataclasses import dataclass, field
@@ -195,12 +196,7 @@ class TokenPruner(nn.Module):
         self.trace = []
         self.last_forward = None
         self.handles = []
-        self._hook(encoder, layers)
-        self.encoder_config = encoder.config
-        shared = encoder.config._attn_implementation == ATTENTION  # another packed model has the same config object
-        self.dense_attention = "sdpa" if shared else encoder.config._attn_implementation
-        register_attention()
-        encoder.config._attn_implementation_internal = ATTENTION
+        self.dense_attention = None
 
     @property
     def highest_site(self):
@@ -236,7 +232,14 @@ class TokenPruner(nn.Module):
         site = self.site(layer)
         return 0 if site is None else site.macs(tokens)
 
-    def _hook(self, encoder, layers):
+    def install(self, model):
+        """Hook the model that this pruner was made for, and switch its attention function."""
+        _, encoder = find_encoder(model)
+        layers = get_layers(self.family, encoder)
+        attention = encoder.config._attn_implementation
+        # Already ours if another packed model has the same config object.
+        self.dense_attention = "sdpa" if attention == ATTENTION else attention
+        self._use_packed_attention(encoder)
         keep = self.handles.append
         keep(encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True))
         keep(encoder.register_forward_hook(self._after_encoder, always_call=True))
@@ -250,15 +253,26 @@ class TokenPruner(nn.Module):
                 if not self.family.cut_residual:
                     keep(cut.register_forward_hook(self._after_cut))
 
-    def unhook(self):
-        """Remove every hook."""
+    def uninstall(self, model):
+        """Remove every hook and give the encoder the attention function that it came with."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        _, encoder = find_encoder(model)
+        encoder.config._attn_implementation_internal = self.dense_attention
 
-    def restore_attention(self):
-        """Give the encoder the attention function that it came with."""
-        self.encoder_config._attn_implementation_internal = self.dense_attention
+    def _use_packed_attention(self, encoder):
+        register_attention()
+        encoder.config._attn_implementation_internal = ATTENTION
+
+    @contextlib.contextmanager
+    def head(self):
+        """Within this context the encoder is called by the model's own head, not by itself."""
+        _active.head = self
+        try:
+            yield
+        finally:
+            _active.head = None
 
     # The hooks, in the order in which they run.
 
@@ -279,11 +293,13 @@ class TokenPruner(nn.Module):
                 )
         ids = kwargs.get("input_ids", args[0] if args else None)
         is_ids = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
+        # Anew in every forward: a model with the same config object may have been detached, or this one come out of a pickle.
+        self._use_packed_attention(encoder)
         return_tuple = kwargs.get("return_dict", encoder.config.return_dict) is False
         _active.forward = Forward(
             self,
             ids if is_ids else None,
-            self.pooled_head and not asked["output_hidden_states"],
+            self.pooled_head and getattr(_active, "head", None) is self and not asked["output_hidden_states"],
             return_tuple,
             outer=_current(),
         )

@@ -1,0 +1,541 @@
+"""Invariant 6: what is saved is the published form, and it opens anywhere: without this package, offline, to the same logits."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from families import FAMILIES, VOCAB, build, make_inputs, outputs_of
+from safetensors.torch import load_file, save_file
+from training_helpers import Texts, at_home, top, trainer_for
+
+import hf_tokenprune as tp
+from hf_tokenprune.modeling import modeling_token_pruned
+
+HEAD = "ForSequenceClassification"
+SHIPPED = {file.name: file.read_text() for file in Path(modeling_token_pruned.__file__).parent.glob("[!_]*.py")}
+
+
+def bins(*kept):
+    selector = tp.RankBins(len(kept))
+    selector.set_kept(kept)
+    return selector
+
+
+def bins_and_number():
+    return {1: bins(1, 1, 0, 1, 0), 2: tp.TopK(2)}
+
+
+def share_and_bins():
+    return {0: tp.TopK(0.6), 2: bins(1, 0, 1)}
+
+
+TABLE = {
+    f"{name} {head}": (name, head, sites, ids)
+    for name, head, sites, ids in (
+        ("bert", HEAD, bins_and_number, ()),
+        ("bert", "ForQuestionAnswering", share_and_bins, (7, 8)),
+        ("bert", "ForMultipleChoice", bins_and_number, ()),
+        ("bert", "ForTokenClassification", dict, ()),
+        ("roberta", "ForMaskedLM", share_and_bins, ()),
+        ("xlm-roberta", HEAD, dict, ()),
+        ("electra", "Model", bins_and_number, (9,)),
+        ("esm", "ForTokenClassification", share_and_bins, ()),
+        ("distilbert", HEAD, share_and_bins, ()),
+        ("modernbert", "ForMaskedLM", bins_and_number, ()),
+        ("vit", "ForImageClassification", bins_and_number, ()),
+        ("deit", "ForImageClassification", share_and_bins, ()),
+        ("dinov2", "Model", bins_and_number, ()),
+        ("siglip", "ForImageClassification", share_and_bins, ()),
+    )
+}
+
+
+def make(name, head, sites, ids=()):
+    return tp.attach(build(name, head), sites(), protected_token_ids=ids)
+
+
+def assert_published_form(folder, dense_class, trainer_files=False):
+    """Weights as safetensors only, the code in flat files, and a config that leads to it."""
+    files = {file.name for file in folder.iterdir()}
+    code = {name for name in files if name.endswith(".py")}
+    assert code == set(SHIPPED)
+    for name in code:
+        assert (folder / name).read_text() == SHIPPED[name]
+    config = json.loads((folder / "config.json").read_text())
+    auto_class, path = dict(config["auto_map"]).popitem()
+    assert len(config["auto_map"]) == 1
+    module, name = path.split(".")
+    assert module == "modeling_token_pruned"
+    assert getattr(modeling_token_pruned, name)._dense_class is dense_class
+    assert hasattr(hf, auto_class)
+    assert config["architectures"] == [dense_class.__name__]
+    assert config["model_type"] == dense_class.config_class.model_type
+    assert config["token_pruning"]["version"] == modeling_token_pruned.FORMAT_VERSION
+    expected = {"config.json", "model.safetensors", *code}
+    if trainer_files:
+        expected |= {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert files - {"training_args.bin"} == expected
+
+
+# A process that cannot import this package
+
+INSIDE = """
+import json, sys, traceback
+sys.modules["hf_tokenprune"] = None
+import torch, transformers
+from transformers import AutoConfig, pipeline
+from transformers.utils import logging
+
+root = sys.argv[1]
+reports = {}
+said = []
+handler = __import__("logging").Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.get_logger("transformers").addHandler(handler)
+
+def report(name):
+    def run(function):
+        try:
+            reports[name] = function()
+        except Exception as error:
+            reports[name] = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
+    return run
+
+def auto_class(folder):
+    names = AutoConfig.from_pretrained(folder).auto_map
+    return getattr(transformers, next(iter(names)))
+
+def load(folder, **kwargs):
+    return auto_class(folder).from_pretrained(folder, trust_remote_code=True, **kwargs)
+
+def logits(model, inputs):
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    with torch.no_grad():
+        return {key: value for key, value in model(**inputs).items() if isinstance(value, torch.Tensor)}
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+for name, files in json.load(open(f"{root}/table.json")).items():
+    @report(name)
+    def _():
+        inputs, expected, dense = (torch.load(f"{root}/{files}.{part}") for part in ("inputs", "expected", "dense"))
+        folder = f"{root}/{files}"
+        model = load(folder)
+        model.save_pretrained(f"{root}/again/{files}")
+        found = {
+            "class": type(model).__qualname__, "name": type(model).__name__, "training": model.training,
+            "first": same(logits(model, inputs), expected),
+            "again": same(logits(load(f"{root}/again/{files}"), inputs), expected),
+        }
+        plain = auto_class(folder).from_pretrained(folder)
+        found["plain class"] = [type(plain).__module__, type(plain).__qualname__]
+        dense_logits = logits(plain, inputs)
+        found["plain"] = same(dense_logits, dense)
+        return found
+
+@report("pipeline")
+def _():
+    said.clear()
+    pipe = pipeline("text-classification", model=f"{root}/pipeline", trust_remote_code=True)
+    answers = pipe(["w5 w6 w7 w8", "w9 w10"], batch_size=2)
+    trace = [layer.survived for layer in pipe.model.token_pruner.trace]
+    return {"said": list(said), "answers": answers, "class": type(pipe.model).__qualname__, "trace": trace}
+
+for name in json.load(open(f"{root}/damaged.json")):
+    @report(name)
+    def _():
+        model = load(f"{root}/{name}")
+        model(input_ids=torch.tensor([[3, 4, 5, 6]]))
+        return "it ran"
+
+@report("checkpoint")
+def _():
+    said.clear()
+    model = load(f"{root}/checkpoint")
+    inputs, expected = (torch.load(f"{root}/checkpoint.{part}") for part in ("inputs", "expected"))
+    return {"said": list(said), "same": same(logits(model, inputs), expected), "keys": list(model.state_dict())}
+
+@report("imports")
+def _():
+    return [name for name in sys.modules if name.split(".")[0] == "hf_tokenprune"]
+
+@report("both")
+def _():
+    remote = load(f"{root}/remote")
+    del sys.modules["hf_tokenprune"]
+    import hf_tokenprune as tp
+    installed = tp.from_pretrained(f"{root}/installed")
+    inputs, *expected = (torch.load(f"{root}/{name}") for name in ("both.inputs", "remote.expected", "installed.expected"))
+    turns = []
+    for _ in range(3):
+        turns += [same(logits(model, inputs), right) for model, right in zip((remote, installed), expected)]
+    second = load(f"{root}/remote")
+    turns += [same(logits(model, inputs), right) for model, right in zip((second, installed, remote), (*expected, expected[0]))]
+    mixed = type(remote).__module__ != type(installed).__module__
+    counted = sum(tp.cost.trace_macs(remote)) < sum(tp.cost.dense_macs(remote, remote.token_pruner.trace[0].entered))
+    packed = tp.pack(remote) is remote
+    dense = tp.detach(remote)
+    turns.append(same(logits(installed, inputs), expected[1]))
+    return {"turns": turns, "mixed": mixed, "counted": counted, "packed": packed, "dense": type(dense).__module__}
+
+json.dump(reports, open(f"{root}/reports.json", "w"))
+"""
+DAMAGED = {  # what happens to a saved folder -> the error that names it
+    "newer": ("version", 99, "ConfigError", "Upgrade"),
+    "unknown_kind": ("selector kind", "nobody_knows", "ConfigError", "nobody_knows"),
+    "beyond": ("site layer", 40, "ConfigError", "site at layer 40"),
+    "no_kept": ("kept", None, "ConfigError", "kept"),
+}
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    """Every folder saved here, opened there: what the other process reports."""
+    root = tmp_path_factory.mktemp("outside")
+    table = {name: f"row{number}" for number, name in enumerate(TABLE)}
+    for name, files in table.items():
+        model, inputs = make(*TABLE[name]), make_inputs(*TABLE[name][:2])
+        model.save_pretrained(root / files)
+        torch.save(inputs, root / f"{files}.inputs")
+        torch.save(outputs_as_given(model, inputs), root / f"{files}.expected")
+        torch.save(outputs_as_given(tp.detach(model), inputs), root / f"{files}.dense")
+    (root / "table.json").write_text(json.dumps(table))
+    save_with_tokenizer(root / "pipeline")
+    for name, damage in DAMAGED.items():
+        damaged_folder(root / name, *damage[:2])
+    (root / "damaged.json").write_text(json.dumps(list(DAMAGED)))
+    inputs = make_inputs("bert", HEAD)
+    trainer = trainer_for(root / "run", top(), max_steps=6)
+    trainer.train()
+    trainer.save_model(str(root / "checkpoint"))
+    torch.save(inputs, root / "checkpoint.inputs")
+    torch.save(outputs_as_given(at_home(trainer.model.eval()), inputs), root / "checkpoint.expected")
+    torch.save(inputs, root / "both.inputs")
+    for name, sites in (("remote", bins_and_number), ("installed", share_and_bins)):
+        model = make("bert", HEAD, sites)
+        model.save_pretrained(root / name)
+        torch.save(outputs_as_given(model, inputs), root / f"{name}.expected")
+    (root / "inside.py").write_text(INSIDE)
+    home = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(tp.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-W", "error", str(root / "inside.py"), str(root)], check=False, capture_output=True, text=True, cwd=root,
+        env={**os.environ, **home, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads((root / "reports.json").read_text())
+
+
+def outputs_as_given(model, inputs):
+    with torch.no_grad():
+        return {key: value for key, value in model(**inputs).items() if isinstance(value, torch.Tensor)}
+
+
+def save_with_tokenizer(folder):
+    model = make("bert", HEAD, bins_and_number)
+    model.save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(5, VOCAB))]
+    hf.BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
+
+
+def damaged_folder(folder, what, value):
+    make("bert", HEAD, bins_and_number).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if what == "kept":
+        tensors = load_file(folder / "model.safetensors")
+        save_file({key: x for key, x in tensors.items() if not key.endswith(".kept")}, folder / "model.safetensors", {"format": "pt"})
+    elif what == "selector kind":
+        config["token_pruning"]["sites"][0]["selector"]["kind"] = value
+    elif what == "site layer":
+        config["token_pruning"]["sites"][0]["layer"] = value
+    else:
+        config["token_pruning"][what] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_saved_model_opens_without_this_package_to_the_same_logits(outside, name):
+    found = outside[name]
+    dense_class = type(build(*TABLE[name][:2]))
+    assert found.pop("plain class") == [dense_class.__module__, dense_class.__qualname__]
+    assert found == {
+        "class": f"TokenPruned{dense_class.__name__}", "name": dense_class.__name__, "training": False,
+        "first": True, "again": True, "plain": True,
+    }  # fmt: skip
+
+
+def test_the_other_process_had_nothing_of_this_package(outside):
+    assert outside["imports"] == ["hf_tokenprune"], "the None that keeps it out"
+
+
+def test_a_pipeline_runs_it_and_finds_nothing_to_complain_about(outside):
+    found = outside["pipeline"]
+    assert found.get("class") == "TokenPrunedBertForSequenceClassification", found
+    assert found["said"] == []
+    assert [set(answer) for answer in found["answers"]] == [{"label", "score"}] * 2
+    entered, *_, last = found["trace"]
+    assert sorted(entered) == [4, 6]
+    assert last == [1, 1]
+    assert sum(found["trace"][2]) < sum(entered)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_folder_is_refused_by_the_code_inside_it(outside, name):
+    _, _, error, message = DAMAGED[name]
+    assert isinstance(outside[name], dict), outside[name]
+    assert outside[name]["error"] == error, outside[name]
+    assert message in outside[name]["message"]
+
+
+def test_a_trained_checkpoint_opens_in_silence_and_without_its_training_state(outside):
+    found = outside["checkpoint"]
+    assert found.get("same") is True, found
+    assert found["said"] == []
+    assert not [key for key in found["keys"] if "training_state" in key]
+
+
+def test_both_copies_of_the_code_work_side_by_side(outside):
+    found = outside["both"]
+    assert found.get("mixed") is True, found
+    assert found["turns"] == [True] * 10
+    assert found["counted"] is True
+    assert found["packed"] is True
+    assert found["dense"].startswith("transformers.models.")
+
+
+# In this process
+
+
+def test_checkpoints_and_saved_models_are_the_published_form(tmp_path):
+    trainer = trainer_for(tmp_path / "run", top(), max_steps=6, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "by trainer"))
+    trainer.model.save_pretrained(tmp_path / "by model")
+    for step in (2, 4, 6):
+        assert_published_form(tmp_path / "run" / f"checkpoint-{step}", hf.BertForSequenceClassification, trainer_files=True)
+    for folder in ("by trainer", "by model", "run/teacher"):
+        assert_published_form(tmp_path / folder, hf.BertForSequenceClassification)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_saved_models_are_the_published_form_and_open_with_this_package(tmp_path, name):
+    model, inputs = make(*TABLE[name]), make_inputs(*TABLE[name][:2])
+    dense_class = type(build(*TABLE[name][:2]))
+    model.save_pretrained(tmp_path / "once")
+    assert_published_form(tmp_path / "once", dense_class)
+    expected = outputs_of(model, inputs)
+    opened = tp.from_pretrained(tmp_path / "once")
+    opened.save_pretrained(tmp_path / "twice")
+    assert_published_form(tmp_path / "twice", dense_class)
+    for again in (opened, tp.from_pretrained(tmp_path / "twice")):
+        assert type(again) is type(model)
+        assert not again.training
+        assert again.config.token_pruning == model.config.token_pruning
+        for key, value in outputs_of(at_home(again), inputs).items():
+            assert torch.equal(value, expected[key]), key
+
+
+def test_opening_executes_nothing_from_the_folder(tmp_path):
+    make("bert", HEAD, bins_and_number).save_pretrained(tmp_path)
+    for name in SHIPPED:
+        (tmp_path / name).write_text("raise SystemExit('executed')")
+    before = set(sys.modules)
+    model = tp.from_pretrained(tmp_path)
+    assert type(model).__module__ == "hf_tokenprune.modeling.modeling_token_pruned"
+    assert not [name for name in set(sys.modules) - before if "transformers_modules" in name]
+
+
+def test_trusting_remote_code_is_refused(tmp_path):
+    make("bert", HEAD, bins_and_number).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="never executes code"):
+        tp.from_pretrained(tmp_path, trust_remote_code=True)
+    tp.from_pretrained(tmp_path, trust_remote_code=False)
+
+
+def test_a_dense_folder_opens_dense(tmp_path):
+    dense, inputs = build("bert", HEAD), make_inputs("bert", HEAD)
+    dense.save_pretrained(tmp_path)
+    opened = tp.from_pretrained(tmp_path)
+    assert type(opened) is hf.BertForSequenceClassification
+    assert torch.equal(outputs_of(at_home(opened), inputs)["logits"], outputs_of(dense, inputs)["logits"])
+
+
+def test_a_detached_model_saves_as_a_dense_one(tmp_path):
+    tp.detach(make("bert", HEAD, bins_and_number)).save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not {"auto_map", "token_pruning"} & config.keys()
+    assert type(tp.from_pretrained(tmp_path)) is hf.BertForSequenceClassification
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path):
+    model, inputs = make("bert", HEAD, bins_and_number), make_inputs("bert", HEAD)
+    before = outputs_of(model, inputs)["logits"]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs_of(model, inputs)["logits"], before)
+    assert type(tp.detach(model)) is hf.BertForSequenceClassification
+    assert not hasattr(model.config, "auto_map")
+
+
+@pytest.mark.parametrize("way", ["shards", "bfloat16", "device map", "own attention", "state dict"])
+def test_other_ways_to_save_and_open_keep_the_selection(tmp_path, way):
+    model, inputs = make("bert", HEAD, bins_and_number), make_inputs("bert", HEAD)
+    expected = outputs_of(model, inputs)["logits"]
+    given = {
+        "bfloat16": {"dtype": torch.bfloat16},
+        "device map": {"device_map": {"": "cpu"}},
+        "own attention": {"attn_implementation": "eager"},
+    }
+    if way == "shards":
+        model.save_pretrained(tmp_path, max_shard_size="40KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    elif way == "state dict":
+        model.save_pretrained(tmp_path, state_dict={key: value.clone() for key, value in model.state_dict().items()})
+    else:
+        model.save_pretrained(tmp_path)
+    opened = tp.from_pretrained(tmp_path, **given.get(way, {}))
+    for layer, site in model.token_pruner.sites.items():
+        if isinstance(site, tp.RankBins):
+            assert torch.equal(opened.token_pruner.sites[layer].kept, site.kept)
+            assert opened.token_pruner.sites[layer].kept.dtype == torch.int8
+    found = outputs_of(at_home(opened), inputs)["logits"]
+    if way == "bfloat16":
+        assert found.dtype == torch.bfloat16
+    else:
+        assert torch.equal(found, expected)
+
+
+def test_a_model_in_lower_precision_saves_and_opens(tmp_path):
+    model, inputs = make("bert", HEAD, bins_and_number).to(torch.bfloat16), make_inputs("bert", HEAD)
+    model.save_pretrained(tmp_path)
+    opened = tp.from_pretrained(tmp_path)
+    assert opened.dtype == torch.bfloat16
+    assert torch.equal(outputs_of(at_home(opened), inputs)["logits"], outputs_of(model, inputs)["logits"])
+
+
+class MyOwn(hf.BertForSequenceClassification):
+    """A class that no AutoModel knows."""
+
+
+def test_a_class_of_the_users_own_cannot_be_published(tmp_path):
+    model = tp.attach(MyOwn(FAMILIES["bert"].config), bins_and_number())
+    with pytest.raises(tp.errors.UnsupportedModelError, match="MyOwn.*detach"):
+        model.save_pretrained(tmp_path / "pruned")
+    assert not list(tmp_path.iterdir())
+    tp.detach(model).save_pretrained(tmp_path / "dense")
+    with pytest.raises(tp.errors.UnsupportedModelError, match="MyOwn"):
+        tp.from_pretrained(tmp_path / "dense")
+
+
+def test_a_class_of_the_users_own_is_refused_before_a_run_and_not_in_it(tmp_path):
+    """The run would write its teacher and its checkpoints, hours later."""
+    with pytest.raises(tp.errors.UnsupportedModelError, match="MyOwn"):
+        trainer_for(tmp_path, top(), model=MyOwn(copy.deepcopy(FAMILIES["bert"].config)), save_strategy="steps", save_steps=2)
+
+
+# What is damaged
+
+SITE = {"layer": 1, "selector": {"kind": "rank_bins", "bins": 5}}
+
+
+def site(**changes):
+    return {"sites": [{**SITE, **changes}]}
+
+
+def selector(**settings):
+    return site(selector={**SITE["selector"], **settings})
+
+
+WRONG = {
+    "a newer version": ({"version": 99}, "Upgrade"),
+    "no version": ({"version": None}, "version"),
+    "a version in words": ({"version": "1"}, "version"),
+    "version 0": ({"version": 0}, "version"),
+    "version true": ({"version": True}, "version"),
+    "an unknown entry": ({"surprise": 1}, "surprise"),
+    "sites missing": ({"sites": None}, "sites"),
+    "sites as a dictionary": ({"sites": {"1": SITE}}, "sites"),
+    "a site as a number": ({"sites": [1]}, "not a site"),
+    "a site without a selector": ({"sites": [{"layer": 1}]}, "not a site"),
+    "a site with more": (site(more=1), "not a site"),
+    "a selector as a word": (site(selector="rank_bins"), "not a site"),
+    "a layer twice": ({"sites": [SITE, SITE]}, "twice"),
+    "a layer below 0": (site(layer=-1), "layer"),
+    "a layer in words": (site(layer="1"), "layer"),
+    "a layer beyond": (site(layer=9), "layer 9"),
+    "the pooled layer": (site(layer=3), "layer 3"),
+    "an unknown kind": (selector(kind="nobody_knows"), "nobody_knows"),
+    "no kind": (site(selector={"bins": 5}), "kind None"),
+    "a kind that is a list": (selector(kind=["rank_bins"]), "kind"),
+    "bins in words": (selector(bins="5"), "bins"),
+    "no bins at all": (selector(bins=0), "bins"),
+    "an unknown setting": (selector(keep=0.5), "keep"),
+    "too much to keep": (site(selector={"kind": "top_k", "keep": 2.5}), "keep"),
+    "ids missing": ({"protected_token_ids": None}, "protected_token_ids"),
+    "ids below 0": ({"protected_token_ids": [-1]}, "protected_token_ids"),
+    "ids in words": ({"protected_token_ids": ["7"]}, "protected_token_ids"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    make("bert", HEAD, lambda: {1: bins(1, 1, 0, 1, 0)}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_damaged_config_is_refused_by_name(saved, tmp_path, what):
+    changes, message = WRONG[what]
+    shutil.copytree(saved, tmp_path / "copy")
+    config = json.loads((saved / "config.json").read_text())
+    config["token_pruning"].update(changes)
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(tp.errors.ConfigError, match=message):
+        tp.from_pretrained(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("value", [[], "yes", 1, True])
+def test_a_config_that_is_no_dictionary_is_refused(saved, tmp_path, value):
+    shutil.copytree(saved, tmp_path / "copy")
+    config = {**json.loads((saved / "config.json").read_text()), "token_pruning": value}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(tp.errors.ConfigError, match="not a dictionary"):
+        tp.from_pretrained(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["NobodyKnows"], ["Trainer"]])
+def test_a_config_that_names_no_class_of_transformers_is_refused(saved, tmp_path, architectures):
+    shutil.copytree(saved, tmp_path / "copy")
+    config = {**json.loads((saved / "config.json").read_text()), "architectures": architectures}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(tp.errors.UnsupportedModelError, match="architectures"):
+        tp.from_pretrained(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("missing", ["one", "all"])
+def test_a_checkpoint_that_does_not_say_what_it_keeps_is_refused_at_latest_when_it_runs(tmp_path, missing):
+    make("bert", HEAD, lambda: {1: bins(1, 0), 2: bins(1, 1, 0)}).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = [key for key in tensors if key.endswith(".kept")][: 1 if missing == "one" else None]
+    save_file({key: x for key, x in tensors.items() if key not in gone}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(tp.errors.ConfigError, match="kept"):
+        tp.from_pretrained(tmp_path)(**make_inputs("bert", HEAD))
+
+
+def test_a_dense_run_of_the_trainer_still_saves_a_dense_folder(tmp_path):
+    trainer = trainer_for(tmp_path / "run", max_steps=1, data=Texts(8))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert type(tp.from_pretrained(tmp_path / "saved")) is hf.BertForSequenceClassification
+    assert not list((tmp_path / "saved").glob("*.py"))
