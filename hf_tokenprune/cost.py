@@ -90,6 +90,7 @@ class Cost:
         padded: MACs of the unmodified model with every sequence padded to the maximal length.
         spent: MACs of the model itself.
         sequences: how many sequences these are sums over.
+        tokens: the mean number of tokens per sequence that enter the model.
         tokens_per_layer: for each layer, the mean number of tokens per sequence that leave it.
     """
 
@@ -97,6 +98,7 @@ class Cost:
     padded: int
     spent: int
     sequences: int
+    tokens: float
     tokens_per_layer: tuple[float, ...]
 
     @property
@@ -115,7 +117,7 @@ class CostMeter:
 
     Args:
         model: the model; its layers are measured now, its selectors at each update.
-        max_length: tokens that the unmodified model would pad every sequence to.
+        max_length: tokens that the unmodified model would pad every sequence to; None = it does not pad.
 
     Example:
         >>> import torch
@@ -129,12 +131,12 @@ class CostMeter:
         (1.0, (5.0, 5.0))
     """
 
-    def __init__(self, model: nn.Module, max_length: int):
+    def __init__(self, model: nn.Module, max_length: int | None = None):
         self.model = model
         self.max_length = max_length
         self._shapes = layer_shapes(model)
         self._dense = self._padded = self._spent = self._sequences = 0
-        self._tokens = [0] * len(self._shapes)
+        self._entered, self._tokens = 0, [0] * len(self._shapes)
 
     def update(self) -> None:
         """Add the model's latest forward.
@@ -146,17 +148,23 @@ class CostMeter:
         trace = _trace_of(self.model)
         lengths = trace[0].entered
         longest = max(lengths, default=0)
-        if longest > self.max_length:
+        if self.max_length is not None and longest > self.max_length:
             raise UnsupportedInputError(
                 f"A sequence has {longest} tokens, more than max_length={self.max_length}. Pass the length that the "
                 "unmodified model would pad to."
             )
-        padded = [self.max_length] * len(lengths)
+        padded = lengths if self.max_length is None else [self.max_length] * len(lengths)
         self._dense += sum(shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in self._shapes)
         self._padded += sum(shape.macs(entered=padded, queries=padded, survived=padded) for shape in self._shapes)
         self._spent += sum(_trace_macs(self.model, self._shapes, trace))
         self._sequences += len(lengths)
+        self._entered += sum(lengths)
         self._tokens = [tokens + sum(layer.survived) for tokens, layer in zip(self._tokens, trace, strict=True)]
+
+    @property
+    def started(self) -> bool:
+        """Has anything been added?"""
+        return self._sequences > 0
 
     @property
     def cost(self) -> Cost:
@@ -168,7 +176,8 @@ class CostMeter:
         if not self._sequences:
             raise UnsupportedInputError("No forward has been counted yet. Call update() after each forward of the model.")
         tokens = tuple(total / self._sequences for total in self._tokens)
-        return Cost(self._dense, self._padded, self._spent, self._sequences, tokens)
+        entered = self._entered / self._sequences
+        return Cost(self._dense, self._padded, self._spent, self._sequences, entered, tokens)
 
 
 def _trace_of(model: Any) -> list[LayerTrace]:

@@ -5,7 +5,7 @@ import sys
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from .cost import dense_macs, trace_macs
+from .cost import CostMeter
 from .errors import TrainingError
 from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
 
@@ -37,13 +37,14 @@ class TokenPruneCallback(TrainerCallback):
         self.model = None
         self.objective = None
         self.total = 0
-        self.meters = {True: _Meter(), False: _Meter()}
+        self.meters = {}
 
     def attach(self, model):
         """Prepare a model. The Trainer's constructor does it through this callback; call it yourself where the optimizer is made
         before that (`optimizers=(...)`) or where the model is made anew (`model_init`)."""
         self.model = model
         self.objective = self.method.attach(model)
+        self.meters = {mode: CostMeter(model) for mode in (True, False)}
         model.token_pruner.meter = self._measure
         return model
 
@@ -94,9 +95,9 @@ class TokenPruneCallback(TrainerCallback):
         if self.objective is None or logs is None:
             return
         if "loss" in logs:
-            numbers = {**self.objective.state(), **self.objective.pop_log(), **self.meters[True].pop()}
+            numbers = {**self.objective.state(), **self.objective.pop_log(), **self._pop_shares(True)}
         elif any(name.startswith("eval_") for name in logs):
-            numbers = {f"eval_{name}": value for name, value in self.meters[False].pop().items()}
+            numbers = {f"eval_{name}": value for name, value in self._pop_shares(False).items()}
         else:
             return
         logs.update(numbers)
@@ -107,35 +108,18 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.teacher = None
 
     def _measure(self, pruner):
-        self.meters[self.model.training].add(self.model, pruner.trace)
+        self.meters[self.model.training].update()
+
+    def _pop_shares(self, training):
+        meter, self.meters[training] = self.meters[training], CostMeter(self.model)
+        return _shares(meter.cost) if meter.started else {}
 
 
-class _Meter:
-    """MACs and tokens really spent since the last look."""
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self):
-        self.spent = self.dense = 0
-        self.tokens = None
-
-    def add(self, model, trace):
-        lengths = trace[0].entered
-        self.spent += sum(trace_macs(model, trace))
-        self.dense += sum(dense_macs(model, lengths))
-        tokens = [sum(lengths), *(sum(layer.survived) for layer in trace)]
-        self.tokens = tokens if self.tokens is None else [a + b for a, b in zip(self.tokens, tokens, strict=True)]
-
-    def pop(self):
-        """`macs_realised`, the share of the dense model's MACs; `tokens_after_<layer>`, the share of tokens that survived it."""
-        if not self.dense:
-            return {}
-        numbers = {"macs_realised": self.spent / self.dense}
-        for layer, tokens in enumerate(self.tokens[1:]):
-            numbers[f"tokens_after_{layer}"] = tokens / max(self.tokens[0], 1)
-        self.clear()
-        return numbers
+def _shares(cost):
+    """What a `Cost` says for the log: `macs_realised`, the share of the dense model's MACs that was spent, and
+    `tokens_after_<layer>`, the share of the tokens that left each layer."""
+    tokens = {f"tokens_after_{layer}": tokens / cost.tokens for layer, tokens in enumerate(cost.tokens_per_layer)}
+    return {"macs_realised": cost.spent / cost.dense, **tokens}
 
 
 def _group_of(optimizer, parameters):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
 
-from hf_tokenprune.losses import carry as _  # noqa: F401
 from hf_tokenprune.losses.carry import carry
 
 SHARE = 0.25
@@ -34,11 +33,11 @@ class Case:
 
 
 USES = {  # of (loss, logits): the main loss -> the auxiliary loss's weight, the gradient of w
-    "the model's loss": (lambda loss, logits: loss, 1.0, 2.0),
-    "the model's loss, divided": (lambda loss, logits: loss / 4, 0.25, 0.5),
-    "the logits": (lambda loss, logits: 5 * logits.sum(), SHARE, 10.0),
+    "the model's loss": (lambda loss, _: loss, 1.0, 2.0),
+    "the model's loss, divided": (lambda loss, _: loss / 4, 0.25, 0.5),
+    "the logits": (lambda _, logits: 5 * logits.sum(), SHARE, 10.0),
     "both": (lambda loss, logits: 7 * loss + logits.sum(), 7.0, 16.0),
-    "the logits twice": (lambda loss, logits: logits.sum() + logits.sum(), SHARE, 4.0),
+    "the logits twice": (lambda _, logits: logits.sum() + logits.sum(), SHARE, 4.0),
 }
 
 

@@ -7,7 +7,17 @@ import pytest
 
 from hf_tokenprune import Schedule, errors, schedule
 
-SHARES = [(1, 1.5, 1.5), (1, 2, 1), (0, 1, 1), (0, 1, 0), (1, 1, 0), (0.3, 0.1, 0.7), (1000, 1e-6, 1000), (0, 1e-9, 5), (7, 3, 11)]
+SHARES = [
+    (1, 1.5, 1.5),
+    (1, 2, 1),
+    (0, 1, 1),
+    (0, 1, 0),
+    (1, 1, 0),
+    (0.3, 0.1, 0.7),
+    (1e3, 1e-6, 1e3),
+    (0, 1e-9, 5),
+    (7, 3, 11),
+]
 RUNS = [(Schedule(dense=d, anneal=a, settle=s), total) for d, a, s in SHARES for total in range(1, 51)]
 
 

@@ -104,10 +104,10 @@ class Recorder(TrainerCallback):
     def __init__(self, look=None):
         self.logs, self.looks, self.look = [], [], look
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, *_, logs=None, **__):
         self.logs.append(dict(logs))
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, *_, model=None, **__):
         if self.look:
             self.looks.append(self.look(model))
 
@@ -130,8 +130,8 @@ def spent_share(model, data):
 def at_home(model):
     """The same model with its weights in memory of their own.
 
-    Tensors that lie in a mapped safetensors file are not aligned as torch aligns its own, and some of its kernels then round the
-    last bit differently (a dense model does the same). After this, equal weights give equal bits.
+    Tensors in a mapped safetensors file are not aligned as torch aligns its own, and some of its kernels then round the last bit
+    differently (a dense model does the same). After this, equal weights give equal bits.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()

@@ -18,10 +18,7 @@ class _Carry(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         loss = gradients[0] if ctx.has_loss else None
-        if loss is not None:
-            auxiliary = loss.to(ctx.like.dtype)
-        else:
-            auxiliary = torch.full_like(ctx.like, float(ctx.share()))
+        auxiliary = torch.full_like(ctx.like, float(ctx.share())) if loss is None else loss.to(ctx.like.dtype)
         return (auxiliary, None, None, *gradients)
 
 

@@ -89,7 +89,8 @@ class ToP:
         """The settings as plain values, for `config.token_pruning`."""
         teacher = self.teacher if isinstance(self.teacher, (str, type(None))) else type(self.teacher).__name__
         sites = None if self.sites is None else list(self.sites)
-        return {"name": "top", **{**_shallow(self), "teacher": teacher, "sites": sites, "schedule": asdict(self.schedule)}}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {"name": "top", **fields, "teacher": teacher, "sites": sites, "schedule": asdict(self.schedule)}
 
     def attach(self, model):
         """Pack the model, put rank-bin selectors at the sites and gates beside them.
@@ -123,11 +124,6 @@ class ToP:
 
 def _number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-def _shallow(config):
-    """A dataclass's fields as a dictionary, without copying what they hold."""
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 class Gates(nn.Module):

@@ -83,7 +83,7 @@ FAMILIES = {
 }
 
 
-def find_encoder(model):
+def find_encoder(model, check=True):
     """`(family, encoder)` of a model: its row in the table, and the base model inside it (or the model itself).
 
     Raises:
@@ -93,7 +93,8 @@ def find_encoder(model):
     for module in (model, *model.children()):
         family = FAMILIES.get(getattr(getattr(module, "config", None), "model_type", None))
         if family and family.encoder in (cls.__name__ for cls in type(module).__mro__):
-            _check(family, model, module)
+            if check:
+                _check(family, model, module)
             return family, module
     raise UnsupportedModelError(
         f"{type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}) cannot be packed. Supported families: "

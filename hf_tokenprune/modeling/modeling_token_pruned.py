@@ -8,6 +8,7 @@ So each checkpoint a Trainer writes can be opened with `AutoModelFor....from_pre
 import functools
 
 import transformers
+from transformers.models.auto import modeling_auto
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .errors import ConfigError, UnsupportedModelError
@@ -82,16 +83,21 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+@functools.cache
+def _auto_classes():
+    """Name of the AutoModel class that opens a class, by that class's name."""
+    found = {}
+    for name, auto_class in vars(modeling_auto).items():
+        if name.startswith("AutoModel"):
+            for entry in getattr(auto_class._model_mapping, "_model_mapping", {}).values():
+                for class_name in entry if isinstance(entry, (tuple, list)) else (entry,):
+                    found.setdefault(class_name, name)
+    return found
+
+
 def _auto_class_of(dense_class):
-    """Name of the AutoModel class that opens this class, or None."""
-    if getattr(transformers, dense_class.__name__, None) is not dense_class:
-        return None
-    for name in (name for name in dir(transformers) if name.startswith("AutoModel")):
-        names_by_type = getattr(getattr(transformers, name)._model_mapping, "_model_mapping", {})
-        entries = (entry if isinstance(entry, (tuple, list)) else (entry,) for entry in names_by_type.values())
-        if any(dense_class.__name__ in entry for entry in entries):
-            return name
-    return None
+    known = getattr(transformers, dense_class.__name__, None) is dense_class
+    return _auto_classes().get(dense_class.__name__) if known else None
 
 
 def is_token_pruned(model):
@@ -180,13 +186,17 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
         ConfigError: a site is not a layer where tokens can be dropped.
     """
     if not isinstance(model, transformers.PreTrainedModel):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model. Pass the transformers model inside it.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model. Pass the transformers model inside it."
+        )
     sites = dict(sites)
     for layer, selector in sites.items():
         if type(layer) is not int or not isinstance(selector, Selector):
             raise ConfigError(f"attach(sites={{{layer!r}: {selector!r}}}): sites are {{number of a layer: selector}}.")
-    if not isinstance(protected_token_ids, (list, tuple)):
-        raise ConfigError(f"attach(protected_token_ids={protected_token_ids!r}): give a list of token ids.")
+    if len({id(selector) for selector in sites.values()}) < len(sites):
+        raise ConfigError("attach(sites=...) has the same selector at two layers. Make one for each.")
+    if not isinstance(protected_token_ids, (list, tuple)) or not all(type(i) is int and i >= 0 for i in protected_token_ids):
+        raise ConfigError(f"attach(protected_token_ids={protected_token_ids!r}): give a list of token ids (int, from 0).")
     ordered = sorted(sites.items())
     config = read_config(make_config(ordered, protected_token_ids, method))
     pruner = TokenPruner(model, config)

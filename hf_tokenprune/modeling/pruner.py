@@ -25,7 +25,7 @@ _active = threading.local()
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """Tokens per sequence that entered a layer, that asked in its attention, and that survived it."""
+    """Tokens per sequence that entered a layer, that asked in its attention, and that survived it; shortest sequences first."""
 
     entered: list[int]
     queries: list[int]
@@ -187,7 +187,7 @@ class TokenPruner(nn.Module):
         self.protected_ids = settings["protected_token_ids"]
         self.sites = nn.ModuleDict()
         for site in settings["sites"]:
-            self.add_site(site["layer"], SELECTORS[site["selector"]["kind"]](**_arguments(site["selector"])))
+            self._add_site(site["layer"], SELECTORS[site["selector"]["kind"]](**_arguments(site["selector"])))
         self.soft = {}
         self.soft_in_eval = False
         self.watched = frozenset()
@@ -203,8 +203,7 @@ class TokenPruner(nn.Module):
         """The last layer that can be a site: a pooled head's last layer computes one token anyway."""
         return self.layer_count - (2 if self.pooled_head else 1)
 
-    def add_site(self, layer, selector):
-        """Put a selector at a layer."""
+    def _add_site(self, layer, selector):
         if not 0 <= layer <= self.highest_site:
             raise ConfigError(
                 f"There is a site at layer {layer}, but this model with {self.layer_count} layers can drop tokens in layers "
@@ -258,7 +257,7 @@ class TokenPruner(nn.Module):
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        _, encoder = find_encoder(model)
+        _, encoder = find_encoder(model, check=False)
         encoder.config._attn_implementation_internal = self.dense_attention
 
     def _use_packed_attention(self, encoder):
@@ -268,11 +267,12 @@ class TokenPruner(nn.Module):
     @contextlib.contextmanager
     def head(self):
         """Within this context the encoder is called by the model's own head, not by itself."""
+        outer = getattr(_active, "head", None)
         _active.head = self
         try:
             yield
         finally:
-            _active.head = None
+            _active.head = outer
 
     # The hooks, in the order in which they run.
 

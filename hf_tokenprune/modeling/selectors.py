@@ -102,7 +102,10 @@ class RankBins(Selector):
 
     def set_kept(self, kept):
         """Say which bins are kept: `bins` booleans, bin 0 (most important) first."""
-        self.kept.copy_(torch.as_tensor(kept).to(torch.int8))
+        kept = torch.as_tensor(kept)
+        if kept.shape != (self.bins,) or ((kept != 0) & (kept != 1)).any():
+            raise ConfigError(f"RankBins(bins={self.bins}).set_kept({kept.tolist()}): give {self.bins} booleans.")
+        self.kept.copy_(kept.to(torch.int8))
 
     def keep(self, importance, batch, protected):
         pattern = self.pattern()
@@ -118,7 +121,7 @@ class RankBins(Selector):
         """The kept bins as a list of 1, 0 (or -1 = unknown), fetched from the device only when the buffer has changed."""
         if self.kept.is_inference():
             return self.kept.tolist()
-        state = (self.kept.data_ptr(), self.kept._version)
+        state = (id(self.kept), self.kept.data_ptr(), self.kept._version)
         if self._pattern[0] != state:
             self._pattern = (state, self.kept.tolist())
         return self._pattern[1]
