@@ -129,13 +129,13 @@ class Objective:
     def _gap(self, model, forward, args, kwargs):
         """How differently the soft (training) and the hard (inference) model judge this batch, without dropout: mean total
         variation distance of their class probabilities (regression: mean absolute difference)."""
-        soft, watched = self.pruner.soft, self.pruner.watched
+        soft, watched, meter = self.pruner.soft, self.pruner.watched, self.pruner.meter
         modes = {module: module.training for module in model.modules()}
         seen = {name: value for name, value in kwargs.items() if name not in (*LABELS, "num_items_in_batch", "return_loss")}
         found = []
         try:
             model.eval()
-            self.pruner.watched = frozenset()
+            self.pruner.watched, self.pruner.meter = frozenset(), None
             with torch.no_grad():
                 for gates in (soft, {}):
                     self.pruner.soft, self.pruner.soft_in_eval = gates, bool(gates)
@@ -144,7 +144,8 @@ class Objective:
                         next((outputs[n] for n in outputs if n.endswith("logits")), outputs[next(iter(outputs))]).float()
                     )
         finally:
-            self.pruner.soft, self.pruner.soft_in_eval, self.pruner.watched = soft, False, watched
+            self.pruner.soft, self.pruner.soft_in_eval = soft, False
+            self.pruner.watched, self.pruner.meter = watched, meter
             for module, mode in modes.items():
                 module.training = mode
         if model.config.problem_type == "regression":
