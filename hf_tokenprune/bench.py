@@ -257,13 +257,7 @@ def _open_tokenizer(folder):
 
 
 def _copy(model, *, share_weights=False):
-    """A copy of a model, without what hangs on it while it trains."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} if share_weights else {}
-    if is_token_pruned(model):
-        pruner = model.token_pruner
-        memo[id(pruner.soft)] = {}
-        for part in (pruner.objective, pruner.meter, pruner.last_forward):
-            memo[id(part)] = None
     return copy.deepcopy(model, memo)
 
 

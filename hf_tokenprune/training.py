@@ -70,15 +70,22 @@ class TokenPruneCallback(TrainerCallback):
         group = _group_of(optimizer, self.objective.parameters())
         self.total = state.max_steps
         dense, anneal = self.method.schedule.ends(self.total)
-        self.objective.start_run(group.get("initial_lr", group["lr"]), anneal - dense)
+        learning_rate = group.get("initial_lr", group["lr"])
+        if not learning_rate > 0:
+            raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
+        self.objective.start_run(learning_rate, anneal - dense)
         self.objective.share = lambda: _loss_scale(optimizer) / args.gradient_accumulation_steps
         if self.method.teacher not in ("self", None):
             self.objective.teacher = find_teacher(self.method.teacher, model.device)
         elif self.method.teacher == "self" and state.global_step > dense:
             self.objective.teacher = load_teacher(args.output_dir, self.objective.teacher_number, model.device)
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         step, (dense, _) = state.global_step, self.method.schedule.ends(self.total)
+        if step == dense:
+            # A dense phase of zero gradients has made Adam believe that any gradient is huge.
+            for parameter in self.objective.parameters():
+                optimizer.state.pop(parameter, None)
         if step == dense and self.method.teacher == "self":
             self.objective.teacher = dense_copy(model)
             if state.is_world_process_zero:

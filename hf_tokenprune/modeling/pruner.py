@@ -198,6 +198,10 @@ class TokenPruner(nn.Module):
         self.handles = []
         self.dense_attention = None
 
+    def __getstate__(self):
+        """A copy or pickle is a model for inference: what hangs on it while it trains stays behind."""
+        return {**self.__dict__, "soft": {}, "watched": frozenset(), "objective": None, "meter": None, "last_forward": None}
+
     @property
     def highest_site(self):
         """The last layer that can be a site: a pooled head's last layer computes one token anyway."""

@@ -1,0 +1,134 @@
+"""How fast is it here? Packing, dropping and training steps, each as a ratio of two times taken in one run.
+
+    python examples/speed.py --output results/speed.json
+
+Models of two shapes with random weights (time does not depend on them) read documentation texts (see `docstrings.py`) of up to 128
+tokens in batches of 32, unsorted, and one by one. Three questions:
+
+* packing: how much faster than the unmodified model on the padded batch, against padded tokens / real tokens?
+* dropping: how much faster than the packed dense model, against the MACs saved?
+* a ToP training step in the anneal phase, with and without a teacher, against a step of the dense phase.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import docstrings
+import torch
+from demo import minilm
+from tqdm import tqdm
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertForTokenClassification, set_seed
+
+import hf_tokenprune as tp
+from hf_tokenprune.bench import bench
+from hf_tokenprune.schedule import Moment
+from hf_tokenprune.teacher import dense_copy
+
+SHAPES = {
+    "6x384": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "12x768": {},
+}
+KEEPS = {"6x384": {1: 0.6, 2: 0.5, 3: 0.5, 4: 0.5}, "12x768": {2: 0.7, 4: 0.6, 6: 0.5, 8: 0.5}}
+HEADS = {"sequence": BertForSequenceClassification, "token": BertForTokenClassification}
+MAX_LENGTH = 128
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=64, help="texts to time (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("runs/speed.json"))
+    args = parser.parse_args()
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    texts = list(docstrings.load()["test"].shuffle(seed=0)["text"][: args.texts])
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
+    padded = sum(max(lengths[i : i + 32]) * len(lengths[i : i + 32]) for i in range(0, len(lengths), 32))
+    report = {"command": " ".join(sys.argv), "real_tokens": sum(lengths), "padded_tokens": padded, "inference": [], "training": []}
+    for shape, head in tqdm([(shape, head) for shape in SHAPES for head in HEADS], desc="inference"):
+        report["inference"].append(inference(shape, head, tokenizer, texts, padded / sum(lengths), args.repeats))
+    report["training"] = [training_step("6x384", tokenizer, texts[:32], args.repeats)]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1))
+    show(report)
+
+
+def inference(shape, head, tokenizer, texts, padded_over_real, repeats):
+    """Times of one shape and head, at batch 32 and batch 1."""
+    model = HEADS[head](BertConfig(**SHAPES[shape], num_labels=7)).eval()
+    tp.attach(model, {layer: tp.TopK(share) for layer, share in KEEPS[shape].items()})
+    result = bench(model, texts, tokenizer=tokenizer, batch_sizes=(1, 32), max_length=MAX_LENGTH, repeats=repeats)
+    one, many = result["results"]
+    ms, macs = many["ms"], many["macs"]
+    return {
+        "shape": shape,
+        "head": head,
+        "padded_over_real": padded_over_real,
+        "packing_speedup": ms["hf_padded"] / ms["packed_dense"],
+        "packing_over_ideal": ms["hf_padded"] / ms["packed_dense"] / padded_over_real,
+        "batch_1_packed_over_hf": one["ms"]["packed_dense"] / one["ms"]["hf_padded"],
+        "macs_saved_by_dropping": macs["packed_dense"] / macs["pruned"],
+        "dropping_speedup": ms["packed_dense"] / ms["pruned"],
+        "dropping_over_ideal": ms["packed_dense"] / ms["pruned"] / (macs["packed_dense"] / macs["pruned"]),
+        "bench": result,
+    }
+
+
+def training_step(shape, tokenizer, texts, repeats):
+    """Times of a step of the dense phase and of the anneal phase, mean over the phase, with and without a teacher."""
+    batch = tokenizer(texts, truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt")
+    batch["labels"] = torch.arange(len(texts)) % 7
+    dense = BertForSequenceClassification(BertConfig(**SHAPES[shape], num_labels=7))
+    steps = {}
+    for name in ("dense", "anneal", "anneal, teacher"):
+        model = BertForSequenceClassification(dense.config)
+        objective = tp.ToP(target_macs=0.4).attach(model)
+        objective.start_run(1e-4, 100)
+        objective.teacher = dense_copy(dense) if "teacher" in name else None
+        steps[name] = (model.train(), objective, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    moments = [0.1, 0.3, 0.5, 0.7, 0.9]
+    seconds = {name: [[] for _ in moments] for name in steps}
+    for repeat in tqdm(range(repeats + 1), desc="training"):
+        for i, progress in enumerate(moments):
+            for name, (model, objective, optimizer) in steps.items():
+                objective.moment = Moment("dense" if name == "dense" else "anneal", progress)
+                start = time.perf_counter()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                objective.harden()
+                if repeat:
+                    seconds[name][i].append(time.perf_counter() - start)
+    mean = {name: statistics.mean(statistics.median(times) for times in rows) for name, rows in seconds.items()}
+    return {
+        "shape": shape,
+        "seconds": mean,
+        "anneal_over_dense": mean["anneal"] / mean["dense"],
+        "anneal_with_teacher_over_dense": mean["anneal, teacher"] / mean["dense"],
+    }
+
+
+def show(report):
+    for row in report["inference"]:
+        print(
+            f"{row['shape']:>7} {row['head']:<9} batch 32: packing {row['packing_speedup']:.2f} x (padded/real "
+            f"{row['padded_over_real']:.2f}, so {row['packing_over_ideal']:.2f} of it), dropping {row['dropping_speedup']:.2f} x "
+            f"(MACs {row['macs_saved_by_dropping']:.2f}, so {row['dropping_over_ideal']:.2f} of it); "
+            f"batch 1: packed takes {row['batch_1_packed_over_hf']:.3f} of HF's time"
+        )
+    for row in report["training"]:
+        print(
+            f"{row['shape']:>7} ToP step in the anneal phase: {row['anneal_over_dense']:.2f} x a dense step, "
+            f"{row['anneal_with_teacher_over_dense']:.2f} x with a teacher"
+        )
+
+
+if __name__ == "__main__":
+    main()
