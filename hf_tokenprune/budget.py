@@ -29,13 +29,15 @@ class Budget:
     """Turns shares kept per site into the share of the dense model's MACs that is spent.
 
     Args:
-        model: a model with a `token_pruner` that has its sites.
+        model: a transformers encoder of a supported family, dense or not.
+        pruner: a `TokenPruner` made for it; by default the one it has.
+        sites: layers that may drop tokens; by default the pruner's.
     """
 
-    def __init__(self, model):
-        pruner = model.token_pruner
+    def __init__(self, model, pruner=None, sites=None):
+        pruner = model.token_pruner if pruner is None else pruner
         self.shapes = layer_shapes(model)
-        self.sites = sorted(map(int, pruner.sites))
+        self.sites = sorted(map(int, pruner.sites if sites is None else sites))
         self.protected = pruner.family.summary_tokens
         self.pooled_head = pruner.pooled_head
 

@@ -7,6 +7,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from .cost import CostMeter
 from .errors import TrainingError
+from .modeling.modeling_token_pruned import check_can_be_saved
 from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
 
 
@@ -42,8 +43,9 @@ class TokenPruneCallback(TrainerCallback):
     def attach(self, model):
         """Prepare a model. The Trainer's constructor does it through this callback; call it yourself where the optimizer is made
         before that (`optimizers=(...)`) or where the model is made anew (`model_init`)."""
-        self.model = model
+        check_can_be_saved(model)
         self.objective = self.method.attach(model)
+        self.model = model
         self.meters = {mode: CostMeter(model) for mode in (True, False)}
         model.token_pruner.meter = self._measure
         return model
@@ -55,6 +57,11 @@ class TokenPruneCallback(TrainerCallback):
             raise TrainingError(
                 "This Trainer would use DataParallel over several GPUs, which copies the model in every step and loses what the "
                 "hooks learn. Start the script with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        checkpointing = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
+        if checkpointing.get("use_reentrant"):
+            raise TrainingError(
+                "Gradient checkpointing with use_reentrant=True cuts the gates off from their gradient. Leave it out, or say False."
             )
         if model is not self.model:
             self.attach(model)
@@ -74,7 +81,8 @@ class TokenPruneCallback(TrainerCallback):
         if not learning_rate > 0:
             raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
         self.objective.start_run(learning_rate, anneal - dense)
-        self.objective.share = lambda: _loss_scale(optimizer) / args.gradient_accumulation_steps
+        self.objective.loss_scale = lambda: _loss_scale(optimizer)
+        self.objective.accumulation = args.gradient_accumulation_steps
         if self.method.teacher not in ("self", None):
             self.objective.teacher = find_teacher(self.method.teacher, model.device)
         elif self.method.teacher == "self" and state.global_step > dense:
@@ -110,6 +118,9 @@ class TokenPruneCallback(TrainerCallback):
         logs.update(numbers)
         if state.log_history:
             state.log_history[-1].update(numbers)
+
+    def on_predict(self, args, state, control, **kwargs):
+        self._pop_shares(False)  # a prediction is no evaluation
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None

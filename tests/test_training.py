@@ -455,14 +455,20 @@ def test_gates_learn_and_the_budget_is_met_whoever_computes_the_loss(tmp_path, w
 
 
 class GatesOf(TrainerCallback):
-    """The method's parameters after each step, in the units in which they are used."""
+    """The log-odds of all gates before the first step and after each."""
 
     def __init__(self):
         self.values = []
 
+    def on_train_begin(self, *_, model=None, **__):
+        self.values = [self.read(model)]
+
     def on_step_end(self, *_, model=None, **__):
-        gates = model.token_pruner.training_state
-        self.values.append([parameter.detach() * gates.scale for parameter in gates.parameters()])
+        self.values.append(self.read(model))
+
+    @staticmethod
+    def read(model):
+        return model.token_pruner.objective.gates.log_alpha().detach().flatten()
 
 
 @pytest.mark.parametrize("constraint", ["projected", "lagrangian"])
@@ -475,15 +481,13 @@ def test_gates_move_at_their_own_rate(tmp_path, learning_rate, constraint):
         tmp_path, top(schedule=plan, gate_lr=0.05, constraint=constraint), max_steps=6, lr_scheduler_type="constant",
         learning_rate=learning_rate, callbacks=[look],
     )  # fmt: skip
-    values = [torch.cat([value.flatten() for value in step]) for step in look.values]
     first = []
-    for before, after in zip([torch.zeros_like(values[0]), *values], values, strict=False):
-        first.append((after - before).abs()[before == 0])
-    first = torch.cat([moved[moved > 0] for moved in first])
+    for before, after in zip(look.values, look.values[1:], strict=False):
+        moved = (after - before).abs()[before == look.values[0]]
+        first.append(moved[moved > 0])
+    first = torch.cat(first)
     assert (first > 0.4 * 0.05).sum() > 4
     assert first.max() < 1.02 * 0.05
-    if constraint == "lagrangian":
-        assert first.max() > 0.98 * 0.05
 
 
 def test_clipping_is_not_dominated_by_the_gates(tmp_path):
@@ -590,7 +594,6 @@ REFUSED = {
     "out of reach": (top(target_macs=0.1), {}),
     "no such layer": (top(sites=(9,)), {}),
     "too few layers": (top(), {"num_hidden_layers": 2}),
-    "too many bins": (top(rank_bins=20_000), {}),
 }
 
 
@@ -708,7 +711,8 @@ def test_every_head_trains_prunes_and_opens_again(tmp_path, what):
     numbers = [value for entry in trainer.state.log_history for value in entry.values()]
     assert torch.tensor(numbers).isfinite().all()
     assert min(logged(trainer, "distillation")[1:]) > 0
-    assert all(value > 0 for value in logged(trainer, "soft_hard_gap")[1:])
+    assert len(logged(trainer, "soft_hard_gap")) == 2
+    assert max(logged(trainer, "soft_hard_gap")) > 0
     dense, *_, settled = recorder.looks
     assert dense[2] == dense[0]
     assert settled[2] < settled[0]

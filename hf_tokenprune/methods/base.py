@@ -23,7 +23,8 @@ class Objective:
         moment: the phase of the current step, set by the callback.
         teacher: a frozen packed model, or None.
         taught: the teacher's output in the current step, or None.
-        share: weight of the auxiliary loss where the caller's own scaling is unknown (1 / accumulation steps), a callable.
+        accumulation: micro-batches per optimizer step.
+        loss_scale: callable; what mixed precision multiplies the loss by before its backward.
         measures_gap: in the next forward, compare the soft model with the hard one.
     """
 
@@ -33,7 +34,8 @@ class Objective:
         self.moment = Moment("dense", 0.0)
         self.teacher = None
         self.taught = None
-        self.share = lambda: 1.0
+        self.accumulation = 1
+        self.loss_scale = lambda: 1.0
         self.measures_gap = False
         self._sums, self._counts = defaultdict(float), defaultdict(int)
 
@@ -97,16 +99,24 @@ class Objective:
             self.note("soft_hard_gap", self._gap(model, forward, args, kwargs))
         self.taught = self.pruner.last_forward = None
         self.pruner.watched = frozenset()
-        has_loss = any(kwargs.get(name) is not None for name in LABELS)
-        return carry(outputs, total * self._micro_batch_share(kwargs), has_loss=has_loss, share=self.share)
+        if self.teacher is not None:
+            self.teacher.token_pruner.watched = frozenset()
+        of_step = self._share_of_step(outputs, kwargs)
+        if of_step is not None:
+            return carry(outputs, total * of_step, has_loss=_has_loss(outputs, kwargs), share=self.loss_scale)
+        # The Trainer divides the model's loss itself; a loss computed from other outputs is divided by nobody we can ask.
+        return carry(outputs, total, has_loss=_has_loss(outputs, kwargs), share=lambda: self.loss_scale() / self.accumulation)
 
-    def _micro_batch_share(self, kwargs):
-        """The Trainer gives `num_items_in_batch` where the model's loss is a sum over labels divided by their number in all
-        accumulated micro-batches. An auxiliary mean over this micro-batch then counts by its part of those labels."""
+    def _share_of_step(self, outputs, kwargs):
+        """What part of an optimizer step this micro-batch is, where that can be told: the Trainer gives `num_items_in_batch`,
+        the number of labels in all micro-batches of the step, and then divides nothing itself."""
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if items is None or labels is None:
-            return 1.0
-        return labels.ne(-100).sum() / items
+        if items is None:
+            return None
+        if labels is not None:
+            return labels.ne(-100).sum() / items
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs.get("logits")
+        return logits.shape[0] / items if logits is not None and logits.dim() == 2 else None
 
     def _distill(self, model, outputs, args, kwargs):
         seen = {name: value for name, value in kwargs.items() if name not in (*LABELS, "num_items_in_batch", "return_loss")}
@@ -114,7 +124,7 @@ class Objective:
             taught = self.teacher(*args, **{**seen, "return_dict": True})
         self.taught = taught
         names = [name for name in taught if name.endswith("logits")] or ["last_hidden_state"]
-        regression = model.config.problem_type == "regression" or names == ["last_hidden_state"]
+        regression = _is_regression(model) or names == ["last_hidden_state"]
         total = 0.0
         for name in names:
             student = outputs[name] if not isinstance(outputs, tuple) else _find(outputs, taught[name])
@@ -148,7 +158,7 @@ class Objective:
             self.pruner.watched, self.pruner.meter = watched, meter
             for module, mode in modes.items():
                 module.training = mode
-        if model.config.problem_type == "regression":
+        if _is_regression(model):
             return (found[0] - found[1]).abs().mean().item()
         return (found[0].softmax(-1) - found[1].softmax(-1)).abs().sum(-1).mean().item() / 2
 
@@ -165,6 +175,19 @@ class Objective:
         self._sums.clear()
         self._counts.clear()
         return means
+
+
+def _is_regression(model):
+    """As transformers decides it, which sets `problem_type` only once it has computed a loss."""
+    kind = model.config.problem_type
+    return kind == "regression" or (kind is None and model.config.num_labels == 1 and "Classification" in type(model).__name__)
+
+
+def _has_loss(outputs, kwargs):
+    if isinstance(outputs, tuple):
+        given = any(kwargs.get(name) is not None for name in LABELS)
+        return given and isinstance(outputs[0], torch.Tensor) and outputs[0].dim() == 0
+    return outputs.get("loss") is not None
 
 
 def _find(outputs, like):

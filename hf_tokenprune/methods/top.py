@@ -1,5 +1,7 @@
 """ToP: constraint-aware and ranking-distilled token pruning (Li et al., KDD 2023, arXiv 2306.14393)."""
 
+import math
+import os
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -9,7 +11,8 @@ from ..budget import Budget, Lengths
 from ..errors import ConfigError
 from ..gates import keep_probability, log_alpha_for, sample_hard_concrete, scale_rate
 from ..losses import lagrangian, ranking_distillation
-from ..modeling.modeling_token_pruned import attach
+from ..modeling.modeling_token_pruned import attach, make_config
+from ..modeling.pruner import TokenPruner
 from ..modeling.selectors import RankBins, relative_rank
 from ..schedule import Schedule, ramp
 from .base import Objective
@@ -68,11 +71,13 @@ class ToP:
 
         if not _number(self.target_macs) or not 0 < self.target_macs < 1:
             refuse("target_macs", "a share of the dense model's MACs, above 0 and below 1")
-        if self.sites is not None and (not self.sites or any(type(s) is not int or s < 0 for s in self.sites)):
+        if self.sites is not None and (
+            not isinstance(self.sites, (tuple, list)) or not self.sites or any(type(s) is not int or s < 0 for s in self.sites)
+        ):
             refuse("sites", "numbers of layers (0 is the first), or None")
         for name in ("rank_bins", "rank_topk"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 2:
-                refuse(name, "a whole number from 2")
+            if type(getattr(self, name)) is not int or not 2 <= getattr(self, name) <= 10_000:
+                refuse(name, "a whole number from 2 to 10000")
         for name in ("rank_weight", "distill_weight"):
             if not _number(getattr(self, name)) or getattr(self, name) < 0:
                 refuse(name, "a number, 0 or more")
@@ -80,14 +85,14 @@ class ToP:
             refuse("constraint", '"projected" or "lagrangian"')
         if self.gate_lr is not None and (not _number(self.gate_lr) or self.gate_lr <= 0):
             refuse("gate_lr", "a number above 0, or None")
-        if isinstance(self.teacher, str) and not self.teacher:
+        if self.teacher == "" or not isinstance(self.teacher, (str, os.PathLike, nn.Module, type(None))):
             refuse("teacher", '"self", a folder or Hub id, a model, or None')
         if not isinstance(self.schedule, Schedule):
             refuse("schedule", "a hf_tokenprune.Schedule")
 
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""
-        teacher = self.teacher if isinstance(self.teacher, (str, type(None))) else type(self.teacher).__name__
+        teacher = type(self.teacher).__name__ if isinstance(self.teacher, nn.Module) else self.teacher and str(self.teacher)
         sites = None if self.sites is None else list(self.sites)
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {"name": "top", **fields, "teacher": teacher, "sites": sites, "schedule": asdict(self.schedule)}
@@ -101,29 +106,29 @@ class ToP:
         Raises:
             UnsupportedModelError, ConfigError: as `hf_tokenprune.attach`; or the sites cannot reach `target_macs`.
         """
-        attach(model)
-        highest = model.token_pruner.highest_site
-        sites = sorted(set(self.sites if self.sites is not None else range(1, highest + 1)))
-        if not sites:
+        probe = TokenPruner(model, make_config())
+        if self.sites is None and probe.highest_site < 1:
             raise ConfigError(
-                f"{type(model).__name__} has {model.token_pruner.layer_count} layers, too few to drop tokens after the first: "
+                f"{type(model).__name__} has {probe.layer_count} layers, too few to drop tokens after the first: "
                 "name the layers yourself, ToP(sites=(0,))."
             )
-        attach(model, {site: RankBins(self.rank_bins) for site in sites}, method=self.settings())
-        model.token_pruner.training_state = Gates(len(sites), self.rank_bins, self.constraint).to(model.device)
-        objective = ToPObjective(model, self)
-        least = objective.budget.least()
+        sites = sorted(set(range(1, probe.highest_site + 1) if self.sites is None else self.sites))
+        probe.check_sites(sites)
+        least = math.ceil(1000 * Budget(model, probe, sites).least()) / 1000
         if self.target_macs < least:
             raise ConfigError(
                 f"ToP(target_macs={self.target_macs}) is out of reach with sites {sites}: with every token dropped at the first of "
-                f"them, {least:.3f} of the dense model's MACs are left. Ask for more, or add earlier sites."
+                f"them, {least} of the dense model's MACs are left. Ask for that or more, or add earlier sites."
             )
-        model.token_pruner.objective = objective
-        return objective
+        attach(model, {site: RankBins(self.rank_bins) for site in sites}, method=self.settings())
+        pruner = model.token_pruner
+        pruner.training_state = Gates(len(sites), self.rank_bins, self.constraint).to(model.device)
+        pruner.objective = ToPObjective(model, self)
+        return pruner.objective
 
 
 def _number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Gates(nn.Module):

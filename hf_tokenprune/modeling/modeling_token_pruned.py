@@ -39,11 +39,7 @@ class TokenPruningMixin:
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`, with the code that opens the folder beside the weights."""
-        if self._auto_class is None:
-            raise UnsupportedModelError(
-                f"{self._dense_class.__name__} is not a class that transformers' AutoModel classes know, so the saved folder could "
-                "not be opened. Use a class of transformers, or detach(model) before saving."
-            )
+        check_can_be_saved(self)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -98,6 +94,16 @@ def _auto_classes():
 def _auto_class_of(dense_class):
     known = getattr(transformers, dense_class.__name__, None) is dense_class
     return _auto_classes().get(dense_class.__name__) if known else None
+
+
+def check_can_be_saved(model):
+    """Raise `UnsupportedModelError` if a saved model of this class could not be opened again."""
+    dense_class = getattr(type(model), "_dense_class", type(model))
+    if _auto_class_of(dense_class) is None:
+        raise UnsupportedModelError(
+            f"{dense_class.__name__} is not a class that transformers' AutoModel classes know, so a saved folder could not be "
+            "opened. Use a class of transformers, or detach(model) before saving."
+        )
 
 
 def is_token_pruned(model):

@@ -41,9 +41,12 @@ class LayerCall:
         layer: the layer's number.
         batch: the tokens that enter the layer.
         entered: `(1, T, H)` hidden states that enter the layer.
+        site: the selector, if the layer is a site where tokens may be dropped this time.
+        gates: what stands in for the selector in training, or None; see `TokenPruner.soft`.
         protected: `(T,)` bool at a site, else None.
         first_only: only the first token of each sequence is read after this layer.
-        rows: `(K,)` the tokens that stay, known once attention has run; None = all.
+        watched: importance is wanted even if there is no site.
+        rows: `(K,)` the tokens that stay, known once attention has run; None = all, who are then in `everyone` if gated.
         survivors: the tokens that leave the layer on its normal way.
         importance: `(T,)` attention received, at a site and in a watched layer.
     """
@@ -52,52 +55,60 @@ class LayerCall:
     layer: int
     batch: PackedBatch
     entered: torch.Tensor
+    site: Any = None
+    gates: Any = None
     protected: torch.Tensor | None = None
     first_only: bool = False
+    watched: bool = False
     rows: torch.Tensor | None = None
     survivors: PackedBatch | None = None
+    everyone: torch.Tensor | None = None
     importance: torch.Tensor | None = None
 
     def attend(self, query, key, value, dropout, scaling, window):
         """Attention of this layer; chooses the survivors on the way."""
         _active.call = self
-        site = self.pruner.site(self.layer)
-        watched = self.layer in self.pruner.watched
         context, importance = packed_attention(
             query, key, value, self.batch,
             dropout=dropout, scaling=scaling, window=window,
-            importance=watched or (site is not None and self.pruner.needs_importance(site)),
-            first_only=self.first_only and not watched,
+            importance=self.watched or self.site is not None,
+            first_only=self.first_only and not self.watched,
         )  # fmt: skip
-        if self.survivors is None:  # a layer that is re-computed for its gradient keeps what was chosen
+        again = self.survivors is not None
+        weights = None if self.gates is None else self._weights(importance)
+        if again:
+            # Gradient checkpointing re-computes the layer. It must come to the same survivors by the same operations.
+            if weights is not None:
+                weights[self.rows if self.rows is not None else self.everyone]
+        else:
             self.importance = importance
-            self._choose(site)
+            self._choose(weights)
         return context
 
-    def _choose(self, site):
-        self.survivors, weights = self.batch, None
+    def _weights(self, importance):
+        weights = self.gates(importance, self.batch, self.protected)
+        if not self.pruner.family.summary_tokens:
+            weights = torch.where(most_important(importance, self.batch, self.protected), torch.ones_like(weights), weights)
+        return weights if self.batch.weights is None else weights * self.batch.weights
+
+    def _choose(self, weights):
+        self.survivors = self.batch
         if self.first_only:
             rows = self.batch.first_rows
-        elif site is None or not self.pruner.needs_importance(site):
+        elif self.site is None:
             return
-        elif self.pruner.is_soft:
-            weights = self.pruner.soft[self.layer](self.importance, self.batch, self.protected)
-            if not self.pruner.family.summary_tokens:
-                last = most_important(self.importance, self.batch, self.protected)
-                weights = torch.where(last, torch.ones_like(weights), weights)
-            if self.batch.weights is not None:
-                weights = weights * self.batch.weights
+        elif weights is not None:
             rows = (weights > 0).nonzero().squeeze(1)
             weights = weights[rows]
         else:
-            keep = site.keep(self.importance, self.batch, self.protected)
+            keep = self.site.keep(self.importance, self.batch, self.protected)
             if not self.pruner.family.summary_tokens:
                 keep = keep | most_important(self.importance, self.batch, self.protected)
             rows = keep.nonzero().squeeze(1)
         if rows.shape[0] < self.batch.total:
             self.rows, self.survivors = rows, self.batch.select(rows, weights)
         elif weights is not None:
-            self.survivors = self.batch.with_weights(weights)
+            self.everyone, self.survivors = rows, self.batch.with_weights(weights)
 
     def stay(self, tensor):
         """The survivors' part of `(1, T, *rest)`."""
@@ -111,7 +122,7 @@ class LayerCall:
 
     def trace(self):
         entered = self.batch.lengths
-        asking = [min(n, 1) for n in entered] if self.first_only and self.layer not in self.pruner.watched else entered
+        asking = [min(n, 1) for n in entered] if self.first_only and not self.watched else entered
         return LayerTrace(entered, asking, self.survivors.lengths)
 
 
@@ -186,8 +197,10 @@ class TokenPruner(nn.Module):
         self.pooled_head = reads_only_pooled(self.family, model, encoder)
         self.protected_ids = settings["protected_token_ids"]
         self.sites = nn.ModuleDict()
+        self.check_sites(site["layer"] for site in settings["sites"])
         for site in settings["sites"]:
-            self._add_site(site["layer"], SELECTORS[site["selector"]["kind"]](**_arguments(site["selector"])))
+            selector = dict(site["selector"])
+            self.sites[str(site["layer"])] = SELECTORS[selector.pop("kind")](**selector)
         self.soft = {}
         self.soft_in_eval = False
         self.watched = frozenset()
@@ -207,14 +220,15 @@ class TokenPruner(nn.Module):
         """The last layer that can be a site: a pooled head's last layer computes one token anyway."""
         return self.layer_count - (2 if self.pooled_head else 1)
 
-    def _add_site(self, layer, selector):
-        if not 0 <= layer <= self.highest_site:
-            raise ConfigError(
-                f"There is a site at layer {layer}, but this model with {self.layer_count} layers can drop tokens in layers "
-                f"0 to {self.highest_site}"
-                + (" (its last layer computes the pooled token alone)." if self.pooled_head else ".")
-            )
-        self.sites[str(layer)] = selector
+    def check_sites(self, layers):
+        """Raise `ConfigError` if tokens cannot be dropped in one of these layers."""
+        for layer in layers:
+            if not 0 <= layer <= self.highest_site:
+                raise ConfigError(
+                    f"There is a site at layer {layer}, but this model with {self.layer_count} layers can drop tokens in layers "
+                    f"0 to {self.highest_site}"
+                    + (" (its last layer computes the pooled token alone)." if self.pooled_head else ".")
+                )
 
     def site(self, layer):
         """The selector of a layer, or None."""
@@ -320,10 +334,16 @@ class TokenPruner(nn.Module):
             states = batch.pack(states)
         else:
             batch = forward.calls[-1].survivors
+        site = self.site(number)
+        if site is not None and not self.needs_importance(site):
+            site = None
         call = LayerCall(
             self, number, batch, states,
-            protected=None if self.site(number) is None else forward.protected(batch),
+            site=site,
+            gates=self.soft[number] if site is not None and self.is_soft else None,
+            protected=None if site is None else forward.protected(batch),
             first_only=forward.first_only and number == self.layer_count - 1,
+            watched=number in self.watched,
         )  # fmt: skip
         forward.calls.append(call)
         kwargs = {
@@ -382,10 +402,6 @@ class TokenPruner(nn.Module):
 
 def _current():
     return getattr(_active, "forward", None)
-
-
-def _arguments(selector):
-    return {name: value for name, value in selector.items() if name != "kind"}
 
 
 def _padded(forward, number, states):
