@@ -344,7 +344,8 @@ def test_the_auxiliary_gradient_has_the_same_size_whoever_computes_the_loss(tmp_
     assert [gradient.item() for gradient in look.own] == pytest.approx([3, 3, 3])
 
 
-@pytest.mark.parametrize("way", WAYS)
+# A Trainer that passes labels but computes another loss from the logits tells nobody how many micro-batches a step has.
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "compute_loss from logits"])
 def test_the_last_accumulation_of_an_epoch_may_be_short(tmp_path, way):
     """20 texts in micro-batches of 4 are 5, of which 3 are accumulated: steps of 3 and 2 micro-batches."""
     look = GradientOf()
