@@ -48,7 +48,13 @@ def main():
     texts = list(docstrings.load()["test"].shuffle(seed=0)["text"][: args.texts])
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
     padded = sum(max(lengths[i : i + 32]) * len(lengths[i : i + 32]) for i in range(0, len(lengths), 32))
-    report = {"command": " ".join(sys.argv), "real_tokens": sum(lengths), "padded_tokens": padded, "inference": [], "training": []}
+    report = {
+        "command": " ".join(sys.argv),
+        "real_tokens": sum(lengths),
+        "padded_tokens": padded,
+        "inference": [],
+        "training": [],
+    }
     for shape, head in tqdm([(shape, head) for shape in SHAPES for head in HEADS], desc="inference"):
         report["inference"].append(inference(shape, head, tokenizer, texts, padded / sum(lengths), args.repeats))
     report["training"] = [training_step("6x384", tokenizer, texts[:32], args.repeats)]

@@ -1,0 +1,72 @@
+"""Fill the tables of README.md from the measured numbers in results/*.json: `python examples/tables.py`."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def markdown(rows):
+    """A Markdown table from rows of cells, the first being the head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def demo(report):
+    """The table that `examples/demo.py` prints."""
+    one, many = report["bench"]["results"]
+    macs, accuracy = many["macs"], report["accuracy"]
+    names = ("dense", "packed_dense", "pruned")
+    rows = [["", "dense, as transformers runs it", "dense, packed", "pruned"]]
+    rows.append(["accuracy, %", *(f"{100 * accuracy[key]:.2f}" for key in ("dense", "dense", "pruned"))])
+    rows.append(["MACs per text, millions", *(f"{macs[name] / 1e6:.0f}" for name in names)])
+    rows.append(["reduction, true length", *(f"{macs['dense'] / macs[name]:.2f} x" for name in names)])
+    rows.append(["reduction, padded", *(f"{macs['dense_padded'] / macs[name]:.2f} x" for name in names)])
+    for size, entry in ((1, one), (32, many)):
+        ms = {"dense": entry["ms"]["hf_padded"], **{name: entry["ms"][name] for name in names[1:]}}
+        rows.append([f"ms per text, batch {size}", *(f"{ms[name]:.2f}" for name in names)])
+        rows.append([f"speed-up, batch {size}", *(f"{ms['dense'] / ms[name]:.2f} x" for name in names)])
+    return markdown(rows)
+
+
+def speed(report):
+    """What `examples/speed.py` measured at batch 32."""
+    rows = [
+        [
+            "model, head",
+            "padded / real tokens",
+            "packed against transformers",
+            "MACs saved by dropping",
+            "time saved by dropping",
+        ]
+    ]
+    for row in report["inference"]:
+        rows.append(
+            [
+                f"{row['shape']}, {row['head']} classification",
+                f"{row['padded_over_real']:.2f}",
+                f"{row['packing_speedup']:.2f} x",
+                f"{row['macs_saved_by_dropping']:.2f} x",
+                f"{row['dropping_speedup']:.2f} x",
+            ]
+        )
+    return markdown(rows)
+
+
+TABLES = {"demo": demo, "speed": speed}
+
+
+def fill(text):
+    """README's text with each `<!-- table:NAME -->` block made anew from results/NAME.json."""
+    for name, table in TABLES.items():
+        made = table(json.loads((ROOT / "results" / f"{name}.json").read_text()))
+        text = re.sub(
+            rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m, made=made: m[1] + made + "\n" + m[2], text, flags=re.S
+        )
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text()))
