@@ -324,19 +324,49 @@ WAYS = {
     "compute_loss from logits": {"trainer": LossFromLogits},
     "compute_loss from the model's loss": {"trainer": LossOfTheModel},
 }
-QUESTION = {
-    "data": Rows(
-        "bert", "ForQuestionAnswering", lambda _: dict.fromkeys(("start_positions", "end_positions"), torch.arange(6) % 5)
-    ),
-    "data_collator": stack,
+
+
+def bce(outputs, labels, num_items_in_batch=None):
+    return functional.binary_cross_entropy_with_logits(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+def spans_of(_):
+    return dict.fromkeys(("start_positions", "end_positions"), torch.arange(6) % 5)
+
+
+def several_labels(_):
+    return {"labels": torch.eye(3)[torch.arange(6) % 3]}
+
+
+def some_labels(inputs):
+    """As many labels as a text is long."""
+    return {"labels": torch.where(inputs["attention_mask"].bool(), inputs["input_ids"] % 3, -100)}
+
+
+OTHER_LABELS = {  # head, labels, own loss
+    "no labels by that name": ("ForQuestionAnswering", spans_of, None),
+    "labels per token": ("ForTokenClassification", some_labels, None),
+    "several labels": (HEAD, several_labels, None),
+    "several labels, compute_loss_func": (HEAD, several_labels, bce),
 }
 
 
+def other_labels(case):
+    head, make_labels, loss = OTHER_LABELS[case]
+    overrides = {"problem_type": "multi_label_classification"} if make_labels is several_labels else {}
+    return {
+        "model": build("bert", head, **overrides),
+        "data": Rows("bert", head, make_labels),
+        "data_collator": stack,
+        "compute_loss_func": loss,
+    }
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("way", [*WAYS, "no labels by that name"])
+@pytest.mark.parametrize("way", [*WAYS, *OTHER_LABELS])
 def test_the_auxiliary_gradient_has_the_same_size_whoever_computes_the_loss(tmp_path, way, accumulation):
     look = GradientOf()
-    arguments = WAYS.get(way) or ({} if way in WAYS else {**QUESTION, "model": build("bert", "ForQuestionAnswering")})
+    arguments = WAYS[way] if way in WAYS else other_labels(way)
     trainer_for(
         tmp_path, PullMethod(), per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
         max_steps=3, max_grad_norm=0, callbacks=[look], **arguments,
@@ -672,11 +702,6 @@ def real_tokens(inputs, chosen):
     return {"labels": torch.where(inputs["attention_mask"].bool() & chosen(ids), ids, -100)}
 
 
-def three_kinds(inputs):
-    labels = real_tokens(inputs, lambda ids: ids >= 0)["labels"]
-    return {"labels": torch.where(labels < 0, labels, labels % 3)}
-
-
 def some_words(inputs):
     return real_tokens(inputs, lambda ids: ids % 4 == 1)
 
@@ -692,7 +717,7 @@ HEADS = {
     "regression": ("bert", HEAD, {"num_labels": 1, "problem_type": "regression"}, lambda _: {"labels": NUMBERS}),
     "regression by num_labels": ("bert", HEAD, {"num_labels": 1}, lambda _: {"labels": NUMBERS}),
     "two regressions": ("bert", HEAD, {"num_labels": 2, "problem_type": "regression"}, lambda _: {"labels": PAIRS}),
-    "tokens": ("bert", "ForTokenClassification", {}, three_kinds),
+    "tokens": ("bert", "ForTokenClassification", {}, some_labels),
     "question": ("bert", "ForQuestionAnswering", {}, spans),
     "choice": ("bert", "ForMultipleChoice", {}, lambda _: {"labels": CLASSES % 2}),
     "masked words": ("modernbert", "ForMaskedLM", {}, some_words),
