@@ -4,7 +4,7 @@ from . import cost, errors
 from .loading import from_pretrained
 from .methods.top import ToP
 from .modeling.modeling_token_pruned import attach, detach, pack
-from .modeling.selectors import RankBins, TopK
+from .modeling.selection import RankBins, TopK
 from .schedule import Schedule
 from .training import TokenPruneCallback
 

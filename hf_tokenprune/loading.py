@@ -3,7 +3,7 @@
 import transformers
 from transformers import AutoConfig
 
-from .errors import UnsupportedModelError
+from .errors import UnsupportedInputError, UnsupportedModelError
 from .modeling.modeling_token_pruned import read_config, token_pruned_class
 
 
@@ -20,13 +20,14 @@ def from_pretrained(folder_or_id, **kwargs):
 
     Raises:
         ConfigError: `config.token_pruning` is damaged or from a newer version.
+        UnsupportedInputError: `trust_remote_code=True` was given.
         UnsupportedModelError: the config does not name a class of transformers.
 
     Example:
         >>> model = from_pretrained("pruned")  # doctest: +SKIP
     """
     if kwargs.pop("trust_remote_code", False):
-        raise ValueError(
+        raise UnsupportedInputError(
             "hf_tokenprune.from_pretrained never executes code from the folder. To do that, call "
             "AutoModelFor....from_pretrained(..., trust_remote_code=True) of transformers."
         )

@@ -74,10 +74,23 @@ def load_teacher(output_dir, number, device):
     return freeze(from_pretrained(folder).to(device))
 
 
-def find_teacher(teacher, device):
-    """A teacher given by the user, as a model or by folder or Hub id, ready to teach."""
+def find_teacher(teacher, student):
+    """A teacher given by the user, as a model or by folder or Hub id, ready to teach.
+
+    Raises:
+        TrainingError: it is the student itself, or judges other classes.
+    """
+    if teacher is student:
+        raise TrainingError(
+            "The teacher is the model that is to be trained. ToP(teacher='self') takes it as it is after the dense phase."
+        )
     model = from_pretrained(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
-    return dense_copy(model.to(device) if isinstance(teacher, (str, os.PathLike)) else model).to(device)
+    if model.config.num_labels != student.config.num_labels:
+        raise TrainingError(
+            f"The teacher has {model.config.num_labels} labels, the model to be trained {student.config.num_labels}. Give a teacher "
+            "for the same task."
+        )
+    return dense_copy(model).to(student.device)
 
 
 def _fingerprint(folder):

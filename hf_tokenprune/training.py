@@ -84,7 +84,7 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.loss_scale = lambda: _loss_scale(optimizer)
         self.objective.accumulation = args.gradient_accumulation_steps
         if self.method.teacher not in ("self", None):
-            self.objective.teacher = find_teacher(self.method.teacher, model.device)
+            self.objective.teacher = find_teacher(self.method.teacher, model)
         elif self.method.teacher == "self" and state.global_step > dense:
             self.objective.teacher = load_teacher(args.output_dir, self.objective.teacher_number, model.device)
 
@@ -102,17 +102,25 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.objective.moment.phase != "settle":
-            self.objective.moment = self.method.schedule.at(state.global_step, self.total)
-            self.objective.harden()
+        now = self.objective.moment
+        if now.phase == "settle":
+            return
+        # What is evaluated and saved after this step is the model that the next step begins with.
+        self.objective.moment = self.method.schedule.at(state.global_step, self.total)
+        self.objective.harden()
+        if self.objective.moment.phase == "settle":
+            # A model that was better before it met the budget is none to come back to.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        self.objective.moment = now
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.objective is None or logs is None:
             return
+        evaluated = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), None)
         if "loss" in logs:
             numbers = {**self.objective.state(), **self.objective.pop_log(), **self._pop_shares(True)}
-        elif any(name.startswith("eval_") for name in logs):
-            numbers = {f"eval_{name}": value for name, value in self._pop_shares(False).items()}
+        elif evaluated not in (None, "train"):
+            numbers = {f"{evaluated}_{name}": value for name, value in self._pop_shares(False).items()}
         else:
             return
         logs.update(numbers)

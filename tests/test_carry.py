@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput
 
 from hf_tokenprune.losses.carry import carry
 
@@ -69,7 +69,8 @@ def test_nothing_else_is_changed(as_tuple, has_loss):
     if has_loss:
         assert case.first.item() == case.loss.item() + 3 * 2 + 1
     assert torch.equal(case.second, case.logits)
-    assert entries[-2] is case.states
+    assert type(entries[-2]) is tuple
+    assert all(torch.equal(carried, state) for carried, state in zip(entries[-2], case.states, strict=True))
     assert entries[-1] is case.mask
     if not as_tuple:
         assert list(case.outputs.keys()) == [*(["loss"] if has_loss else []), "logits", "hidden_states", "mask"]
@@ -83,6 +84,14 @@ def test_two_outputs_in_use_carry_it_once():
     (outputs.start_logits.sum() + outputs.end_logits.sum()).backward()
     assert a.grad.item() == 3
     assert torch.equal(w.grad, torch.full((2, 3), 3.0))
+
+
+def test_a_loss_from_hidden_states_alone_carries_it():
+    w, a = torch.ones(2, 3, requires_grad=True), torch.ones((), requires_grad=True)
+    outputs = carry(BaseModelOutput(w * 1, hidden_states=(w * 2, w * 3)), 3 * a, has_loss=False, share=lambda: 1)
+    outputs.hidden_states[0].sum().backward()
+    assert a.grad.item() == 3
+    assert torch.equal(w.grad, torch.full((2, 3), 2.0))
 
 
 def test_the_share_is_asked_for_at_the_time_of_the_backward_pass():

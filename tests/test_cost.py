@@ -13,7 +13,7 @@ import hf_tokenprune as tp
 from hf_tokenprune import cost
 from hf_tokenprune.modeling.architectures import find_encoder, get_layers
 from hf_tokenprune.modeling.pruner import LayerTrace
-from hf_tokenprune.modeling.selectors import Selector
+from hf_tokenprune.modeling.selection import Selector
 
 CASES = [
     ("bert", "Model"),

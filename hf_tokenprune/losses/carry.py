@@ -49,16 +49,18 @@ def carry(outputs, auxiliary, *, has_loss, share):
         tensor(3.)
     """
     entries = list(outputs) if isinstance(outputs, tuple) else list(outputs.values())
-    floating = [i for i, x in enumerate(entries) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    moving = [i for i in floating if entries[i].requires_grad or (has_loss and i == 0)]
+    flat = [x for entry in entries for x in (entry if isinstance(entry, (tuple, list)) else (entry,))]
+    moving = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.requires_grad]
+    if has_loss and 0 not in moving:
+        moving.insert(0, 0)
     if not moving:
         return outputs
-    passed = _Carry.apply(auxiliary, has_loss and moving[0] == 0, share, *(entries[i] for i in moving))
+    for i, tensor in zip(moving, _Carry.apply(auxiliary, has_loss, share, *(flat[i] for i in moving)), strict=True):
+        flat[i] = tensor
+    flat = iter(flat)
+    entries = [tuple(next(flat) for _ in entry) if isinstance(entry, (tuple, list)) else next(flat) for entry in entries]
     if isinstance(outputs, tuple):
-        for i, tensor in zip(moving, passed, strict=True):
-            entries[i] = tensor
         return tuple(entries)
-    names = list(outputs.keys())
-    for i, tensor in zip(moving, passed, strict=True):
-        outputs[names[i]] = tensor
+    for name, entry in zip(list(outputs.keys()), entries, strict=True):
+        outputs[name] = entry
     return outputs

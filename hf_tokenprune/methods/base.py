@@ -101,13 +101,13 @@ class Objective:
         self.pruner.watched = frozenset()
         if self.teacher is not None:
             self.teacher.token_pruner.watched = frozenset()
-        of_step = self._share_of_step(outputs, kwargs)
+        of_step = self._share_of_step(model, outputs, kwargs)
         if of_step is not None:
             return carry(outputs, total * of_step, has_loss=_has_loss(outputs, kwargs), share=self.loss_scale)
         # The Trainer divides the model's loss itself; a loss computed from other outputs is divided by nobody we can ask.
         return carry(outputs, total, has_loss=_has_loss(outputs, kwargs), share=lambda: self.loss_scale() / self.accumulation)
 
-    def _share_of_step(self, outputs, kwargs):
+    def _share_of_step(self, model, outputs, kwargs):
         """What part of an optimizer step this micro-batch is, where that can be told: the Trainer gives `num_items_in_batch`,
         the number of labels in all micro-batches of the step, and then divides nothing itself."""
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
@@ -116,7 +116,10 @@ class Objective:
         if labels is not None:
             return labels.ne(-100).sum() / items
         logits = outputs[0] if isinstance(outputs, tuple) else outputs.get("logits")
-        return logits.shape[0] / items if logits is not None and logits.dim() == 2 else None
+        if logits is None or logits.dim() != 2:
+            return None
+        labels = logits.numel() if model.config.problem_type == "multi_label_classification" else logits.shape[0]
+        return labels / items
 
     def _distill(self, model, outputs, args, kwargs):
         seen = {name: value for name, value in kwargs.items() if name not in (*LABELS, "num_items_in_batch", "return_loss")}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..budget import Budget, Lengths
 from ..errors import ConfigError
@@ -13,7 +14,7 @@ from ..gates import keep_probability, log_alpha_for, sample_hard_concrete, scale
 from ..losses import lagrangian, ranking_distillation
 from ..modeling.modeling_token_pruned import attach, make_config
 from ..modeling.pruner import TokenPruner
-from ..modeling.selectors import RankBins, relative_rank
+from ..modeling.selection import RankBins, relative_rank
 from ..schedule import Schedule, ramp
 from .base import Objective
 
@@ -127,6 +128,9 @@ class ToP:
         return pruner.objective
 
 
+logger = logging.get_logger(__name__)
+
+
 def _number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -145,7 +149,7 @@ class Gates(nn.Module):
         self.bins = nn.Parameter(torch.zeros(sites, bins))
         self.sites = nn.Parameter(torch.zeros(sites))
         self.multipliers = nn.Parameter(torch.zeros(2))
-        self.register_buffer("lengths", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("lengths", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("teacher", torch.tensor(0))
         self.register_buffer("scale", torch.tensor(1.0))
         flat = torch.full((bins,), log_alpha_for(self.OPEN))
@@ -184,7 +188,7 @@ class ToPObjective(Objective):
         self.early = [site for site in self.sites if site in early] or self.sites[:1]
         self.ranks = config.rank_weight > 0
         self.current = None
-        self.start = self.budget.share([1.0] * len(self.sites), Lengths(1, 100, 10_000))
+        self.told = False
 
     def start_run(self, learning_rate, anneal_steps):
         """Fix how fast gates move, from the optimizer's own learning rate."""
@@ -196,7 +200,8 @@ class ToPObjective(Objective):
         if self.moment.phase == "dense":
             return 1.0
         progress = self.moment.progress if self.moment.phase == "anneal" else 1.0
-        return max(ramp(progress, self.start, self.config.target_macs, warm=0.8), self.config.target_macs)
+        start = self.budget.share([1.0] * len(self.sites), self.seen())
+        return max(ramp(progress, start, self.config.target_macs, warm=0.8), self.config.target_macs)
 
     def log_alpha(self):
         """The gates as they stand at this moment: learned log-odds, steeper and shifted onto the target if that is projected."""
@@ -287,8 +292,18 @@ class ToPObjective(Objective):
             pattern = torch.ones_like(kept, dtype=torch.bool)
             if self.moment.phase != "dense":
                 pattern = self._most_probable(kept.cpu(), self.seen(), self.target())
+                self._tell_if_out_of_reach(pattern)
             for i, site in enumerate(self.sites):
                 self.pruner.site(site).set_kept(pattern[i])
+
+    def _tell_if_out_of_reach(self, pattern):
+        spent = self.budget.share(pattern.double().mean(1).tolist(), self.seen())
+        if spent > self.target() + 1e-9 and not self.told:
+            self.told = True
+            logger.warning(
+                f"ToP(target_macs={self.config.target_macs}) cannot be reached on texts as short as these: with nothing but "
+                f"protected tokens left after the first site, {spent:.3f} of the dense model's MACs are spent. Add earlier sites."
+            )
 
     def _most_probable(self, kept, lengths, target):
         # Where gates are equal, as at the start, the more important bin survives.

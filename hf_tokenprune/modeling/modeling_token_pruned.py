@@ -13,7 +13,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .errors import ConfigError, UnsupportedModelError
 from .pruner import TokenPruner
-from .selectors import SELECTORS, Selector
+from .selection import SELECTORS, Selector
 
 FORMAT_VERSION = 1
 

@@ -18,7 +18,7 @@ from .architectures import find_encoder, get_layers, reads_only_pooled
 from .attention import ATTENTION, packed_attention, register_attention
 from .errors import ConfigError, UnsupportedInputError
 from .packing import PackedBatch
-from .selectors import SELECTORS, most_important
+from .selection import SELECTORS, most_important
 
 _active = threading.local()
 

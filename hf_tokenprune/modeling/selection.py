@@ -1,4 +1,4 @@
-"""Selectors: who survives a site.
+"""Selectors: who survives a site. (Not named selectors.py: beside a script it would hide the standard library's.)
 
 A selector sees the importance of the tokens of a packed batch and says which of them stay. All of them are deterministic,
 look at one sequence at a time, and never drop a protected token.
