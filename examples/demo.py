@@ -48,7 +48,7 @@ def parse():
     data.add_argument("--text", nargs="+", default=["text"], metavar="COLUMN", help="one text column, or two for pairs")
     data.add_argument("--label", default="label", metavar="COLUMN")
     data.add_argument("--eval-split", help="default: test, or validation where the test split has no labels")
-    data.add_argument("--train-texts", type=int, default=12_000, help="use at most so many (default %(default)s)")
+    data.add_argument("--train-texts", type=int, default=10_000, help="use at most so many (default %(default)s)")
     data.add_argument("--eval-texts", type=int, default=2_000, help="use at most so many (default %(default)s)")
     data.add_argument("--max-length", type=int, default=128, help="tokens per text (default %(default)s)")
     train = parser.add_argument_group("training")
@@ -100,8 +100,9 @@ def main():
     train, evaluation = load(args)
     source = args.model or minilm()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    labels = sorted(set(train[args.label]))
-    names = getattr(train.features[args.label], "names", None) or [str(label) for label in labels]
+    names = getattr(train.features[args.label], "names", None)
+    if names is None:
+        names = [str(label) for label in range(max(train[args.label]) + 1)]
 
     def tokenize(rows):
         return tokenizer(*(rows[column] for column in args.text), truncation=True, max_length=args.max_length)
@@ -111,7 +112,7 @@ def main():
     eval_tokens = evaluation.map(tokenize, **columns).rename_column(args.label, "labels")
 
     model = AutoModelForSequenceClassification.from_pretrained(
-        source, num_labels=len(labels), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+        source, num_labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
     )
     dense, anneal, settle = args.schedule
     method = tp.ToP(target_macs=args.target_macs, schedule=tp.Schedule(dense=dense, anneal=anneal, settle=settle))
@@ -144,7 +145,7 @@ def main():
 
     print("\nEvaluating the pruned model and its dense teacher ...")
     pruned_accuracy = trainer.evaluate()["eval_accuracy"]
-    teacher = tp.from_pretrained(args.output / "teacher")
+    teacher = tp.from_pretrained(args.output / "_teacher")
     teacher_trainer = Trainer(teacher, trainer.args, processing_class=tokenizer, compute_metrics=accuracy)
     dense_accuracy = teacher_trainer.evaluate(eval_tokens)["eval_accuracy"]
 
@@ -154,7 +155,8 @@ def main():
     check_in_fresh_process(folder, sample, args)
 
     report = {
-        "command": " ".join(sys.argv),
+        "command": "python " + " ".join(sys.argv),
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "settings": method.settings(),
         "train_texts": len(train),
         "eval_texts": len(evaluation),

@@ -49,7 +49,7 @@ def main():
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
     padded = sum(max(lengths[i : i + 32]) * len(lengths[i : i + 32]) for i in range(0, len(lengths), 32))
     report = {
-        "command": " ".join(sys.argv),
+        "command": "python " + " ".join(sys.argv),
         "real_tokens": sum(lengths),
         "padded_tokens": padded,
         "inference": [],

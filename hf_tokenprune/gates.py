@@ -53,25 +53,6 @@ def keep_probability(log_alpha):
     return torch.sigmoid(_at_least_float32(log_alpha) - _SHIFT)
 
 
-def median_gate(log_alpha):
-    """The gate without sampling (equation 13 of the paper): a deterministic stand-in for use at inference.
-
-    The paper leaves the temperature out here. So this gate closes (is exactly 0) where `keep_probability` is at most 0.310,
-    while the median of the sampled gates is 0 where it is at most 0.5.
-
-    Args:
-        log_alpha: any shape.
-
-    Returns:
-        Gates in [0, 1] of the same shape, at least float32.
-
-    Example:
-        >>> median_gate(torch.tensor([-2.5, 0.0, 2.5]))
-        tensor([0.0000, 0.5000, 1.0000])
-    """
-    return _stretch(torch.sigmoid(_at_least_float32(log_alpha)))
-
-
 def log_alpha_for(probability):
     """The `log_alpha` whose `keep_probability` is `probability`: an initial value for a gate.
 

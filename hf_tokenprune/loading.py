@@ -34,7 +34,7 @@ def from_pretrained(folder_or_id, **kwargs):
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if name in kwargs}
     config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False, **hub)
     names = config.architectures or []
-    dense_class = getattr(transformers, names[0], None) if names else None
+    dense_class = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if not (isinstance(dense_class, type) and issubclass(dense_class, transformers.PreTrainedModel)):
         raise UnsupportedModelError(
             f"The config of {folder_or_id} names the architectures {names}; the first should be a model class of transformers."

@@ -11,7 +11,7 @@ from .errors import TrainingError
 from .loading import from_pretrained
 from .modeling.modeling_token_pruned import is_token_pruned, pack
 
-FOLDER = "teacher"
+FOLDER = "_teacher"  # Trainer.push_to_hub leaves out what begins with an underscore
 
 
 def dense_copy(model):
@@ -33,22 +33,23 @@ def freeze(model):
 
 
 def save_teacher(teacher, output_dir):
-    """Write the teacher to `output_dir/teacher`, all or nothing.
+    """Write the teacher to `output_dir/_teacher`, all or nothing.
 
     Returns:
         A number that tells this teacher from any other, for `load_teacher`.
     """
     target = Path(output_dir) / FOLDER
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{FOLDER}-", dir=target.parent))
+    new, old = temporary / "new", temporary / "old"
     try:
-        teacher.save_pretrained(temporary)
-        number = _fingerprint(temporary)
+        teacher.save_pretrained(new)
+        number = _fingerprint(new)
         if target.exists():
             if _fingerprint(target) == number:
                 return number
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+            os.replace(target, old)
+        os.replace(new, target)
         return number
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -61,7 +62,7 @@ def load_teacher(output_dir, number, device):
         TrainingError: it is not there, or is another run's.
     """
     folder = Path(output_dir) / FOLDER
-    if not (folder / "model.safetensors").exists() and not list(folder.glob("*.safetensors")):
+    if not list(folder.glob("*.safetensors")):
         raise TrainingError(
             f"The run to resume has left its dense phase and needs its teacher, but there is none in {folder}. Put the folder back "
             "that this run wrote there, or name a teacher: ToP(teacher='path/to/it')."

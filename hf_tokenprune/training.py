@@ -4,11 +4,14 @@ import sys
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
 
 from .cost import CostMeter
 from .errors import TrainingError
 from .modeling.modeling_token_pruned import check_can_be_saved
 from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
+
+logger = logging.get_logger(__name__)
 
 
 class TokenPruneCallback(TrainerCallback):
@@ -43,6 +46,10 @@ class TokenPruneCallback(TrainerCallback):
     def attach(self, model):
         """Prepare a model. The Trainer's constructor does it through this callback; call it yourself where the optimizer is made
         before that (`optimizers=(...)`) or where the model is made anew (`model_init`)."""
+        if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+            raise TrainingError(
+                "The model has adapters, which this version cannot prune. Merge them first: merge_and_unload()."
+            )
         check_can_be_saved(model)
         self.objective = self.method.attach(model)
         self.model = model
@@ -58,11 +65,9 @@ class TokenPruneCallback(TrainerCallback):
                 "This Trainer would use DataParallel over several GPUs, which copies the model in every step and loses what the "
                 "hooks learn. Start the script with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        checkpointing = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
-        if checkpointing.get("use_reentrant"):
-            raise TrainingError(
-                "Gradient checkpointing with use_reentrant=True cuts the gates off from their gradient. Leave it out, or say False."
-            )
+        for name in ("fsdp", "deepspeed"):
+            if getattr(args, name, None):
+                raise TrainingError(f"TokenPruneCallback does not work with {name} yet. Use one process, or torchrun (DDP).")
         if model is not self.model:
             self.attach(model)
         _log_first(self)
@@ -74,15 +79,20 @@ class TokenPruneCallback(TrainerCallback):
                 "made a new model. Pass it as Trainer(callbacks=[...]), and with model_init let that function return "
                 "callback.attach(model)."
             )
+        _check_checkpointing(model)
         group = _group_of(optimizer, self.objective.parameters())
         self.total = state.max_steps
         dense, anneal = self.method.schedule.ends(self.total)
-        learning_rate = group.get("initial_lr", group["lr"])
-        if not learning_rate > 0:
-            raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
-        self.objective.start_run(learning_rate, anneal - dense)
+        if state.global_step == 0:
+            learning_rate = group.get("initial_lr", group["lr"])
+            if not learning_rate > 0:
+                raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
+            self.objective.start_run(learning_rate, anneal - dense)
+            self.objective.moment = self.method.schedule.at(0, self.total)
+            self.objective.harden()
         self.objective.loss_scale = lambda: _loss_scale(optimizer)
         self.objective.accumulation = args.gradient_accumulation_steps
+        self.objective.processes = args.world_size if args.average_tokens_across_devices else 1
         if self.method.teacher not in ("self", None):
             self.objective.teacher = find_teacher(self.method.teacher, model)
         elif self.method.teacher == "self" and state.global_step > dense:
@@ -103,6 +113,7 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         now = self.objective.moment
+        self.objective.pruner.soft = {}  # holds the gradients' graph of the last forward
         if now.phase == "settle":
             return
         # What is evaluated and saved after this step is the model that the next step begins with.
@@ -132,6 +143,12 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None
+        if state.global_step < self.method.schedule.ends(self.total)[1]:
+            logger.warning(
+                f"Training ended at step {state.global_step}, before the budget was met: annealing goes on to step "
+                f"{self.method.schedule.ends(self.total)[1]} of {self.total}. The model spends more than was asked for. Let early "
+                "stopping begin later."
+            )
 
     def _measure(self, pruner):
         self.meters[self.model.training].update()
@@ -146,6 +163,15 @@ def _shares(cost):
     `tokens_after_<layer>`, the share of the tokens that left each layer."""
     tokens = {f"tokens_after_{layer}": tokens / cost.tokens for layer, tokens in enumerate(cost.tokens_per_layer)}
     return {"macs_realised": cost.spent / cost.dense, **tokens}
+
+
+def _check_checkpointing(model):
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise TrainingError(
+                "Gradient checkpointing with use_reentrant=True cuts the gates off from their gradient. Leave it out, or say False."
+            )
 
 
 def _group_of(optimizer, parameters):

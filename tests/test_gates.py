@@ -52,7 +52,6 @@ def test_gradients():
     noise = torch.tensor([0.6, 0.5, 0.3], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda a: gates.sample_hard_concrete(a, noise=noise), log_alpha)
     assert torch.autograd.gradcheck(gates.keep_probability, log_alpha)
-    assert torch.autograd.gradcheck(gates.median_gate, log_alpha)
 
 
 def test_a_closed_gate_has_no_gradient():
@@ -62,18 +61,10 @@ def test_a_closed_gate_has_no_gradient():
     assert log_alpha.grad[1] > 0
 
 
-@pytest.mark.parametrize("function", [gates.sample_hard_concrete, gates.keep_probability, gates.median_gate])
+@pytest.mark.parametrize("function", [gates.sample_hard_concrete, gates.keep_probability])
 def test_half_precision_is_computed_in_float32(function):
     assert function(ENDS.bfloat16()).dtype == torch.float32
     assert function(ENDS.double()).dtype == torch.float64
-
-
-def test_median_gate_is_symmetric_and_closes_at_log_one_eleventh():
-    torch.testing.assert_close(gates.median_gate(ENDS) + gates.median_gate(-ENDS), torch.ones(5))
-    edge = -math.log(11)
-    assert gates.median_gate(torch.tensor(edge - 1e-3)) == 0
-    assert gates.median_gate(torch.tensor(edge + 1e-3)) > 0
-    assert gates.keep_probability(torch.tensor(edge)).item() == pytest.approx(0.310, abs=5e-4)
 
 
 @pytest.mark.parametrize("probability", [1e-6, 0.05, 0.5, 0.95, 0.999999])

@@ -193,8 +193,8 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tmp_path, name, step):
     folder, expected = uninterrupted(name)
     shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    if step > DENSE and (folder / "teacher").exists():
-        shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    if step > DENSE and (folder / "_teacher").exists():
+        shutil.copytree(folder / "_teacher", tmp_path / "_teacher")
     resumed = dropout_run(tmp_path, name, resume=str(tmp_path / f"checkpoint-{step}"))
     assert len(resumed.state.log_history) > 0
     assert_same_state(resumed.model.state_dict(), expected)
@@ -202,12 +202,12 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tmp_
 
 def test_a_run_killed_just_after_its_teacher_was_written_resumes(uninterrupted, tmp_path):
     folder, expected = uninterrupted("own teacher")
-    for name in (f"checkpoint-{DENSE}", "teacher"):
+    for name in (f"checkpoint-{DENSE}", "_teacher"):
         shutil.copytree(folder / name, tmp_path / name)
-    before = written(tmp_path / "teacher")
+    before = written(tmp_path / "_teacher")
     resumed = dropout_run(tmp_path, "own teacher", resume=True)
     assert_same_state(resumed.model.state_dict(), expected)
-    assert written(tmp_path / "teacher") == before
+    assert written(tmp_path / "_teacher") == before
 
 
 def written(folder):
@@ -216,18 +216,18 @@ def written(folder):
 
 
 def test_the_teacher_lies_beside_the_checkpoints_and_is_written_once(tmp_path):
-    recorder = Recorder(look=lambda _: written(tmp_path / "teacher") if (tmp_path / "teacher").exists() else None)
+    recorder = Recorder(look=lambda _: written(tmp_path / "_teacher") if (tmp_path / "_teacher").exists() else None)
     trainer = trained(tmp_path, save_strategy="steps", save_steps=1, callbacks=[recorder])
     assert recorder.looks[:DENSE] == [None] * DENSE
     assert recorder.looks[DENSE] is not None
     assert all(look == recorder.looks[DENSE] for look in recorder.looks[DENSE:])
-    assert {file.name for file in tmp_path.iterdir()} == {"teacher", *(f"checkpoint-{step}" for step in range(1, TOTAL + 1))}
+    assert {file.name for file in tmp_path.iterdir()} == {"_teacher", *(f"checkpoint-{step}" for step in range(1, TOTAL + 1))}
     for step in range(1, TOTAL + 1):
-        assert not (tmp_path / f"checkpoint-{step}" / "teacher").exists()
+        assert not (tmp_path / f"checkpoint-{step}" / "_teacher").exists()
     layers = [name for name in trainer.model.state_dict() if "layer.0.attention.self.query.weight" in name]
     assert len(layers) == 1, "the teacher's weights are no part of the model"
     dense = tp.pack(tp.detach(tp.from_pretrained(tmp_path / f"checkpoint-{DENSE}")))
-    teacher = tp.from_pretrained(tmp_path / "teacher")
+    teacher = tp.from_pretrained(tmp_path / "_teacher")
     inputs = make_inputs("bert", HEAD)
     assert torch.equal(outputs_of(at_home(teacher), inputs)["logits"], outputs_of(at_home(dense), inputs)["logits"])
 
@@ -237,7 +237,7 @@ def test_resuming_without_the_runs_own_teacher_is_refused(uninterrupted, tmp_pat
     folder, _ = uninterrupted("own teacher")
     shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
     if what == "another run's":
-        tp.pack(build("bert", HEAD, seed=9)).save_pretrained(tmp_path / "teacher")
+        tp.pack(build("bert", HEAD, seed=9)).save_pretrained(tmp_path / "_teacher")
     with pytest.raises(tp.errors.TrainingError, match="teacher.*" + ("there is none" if what == "gone" else "another run")):
         dropout_run(tmp_path, "own teacher", resume=str(tmp_path / "checkpoint-6"))
 
@@ -668,7 +668,7 @@ def test_a_teacher_may_be_given(tmp_path, kind):
     trainer = trained(tmp_path / "run", top(teacher=given), max_steps=6)
     assert bool(logged(trainer, "distillation")) == (given is not None)
     assert bool(logged(trainer, "ranking")) == (given is not None)
-    assert not (tmp_path / "run" / "teacher").exists(), "only the run's own teacher has to be kept"
+    assert not (tmp_path / "run" / "_teacher").exists(), "only the run's own teacher has to be kept"
     after = trace_of(teacher)
     assert after[:-1] == before[:-1]
     assert_same_state(after[-1], before[-1])

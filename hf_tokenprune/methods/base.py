@@ -24,6 +24,7 @@ class Objective:
         teacher: a frozen packed model, or None.
         taught: the teacher's output in the current step, or None.
         accumulation: micro-batches per optimizer step.
+        processes: how many share out the labels that `num_items_in_batch` counts.
         loss_scale: callable; what mixed precision multiplies the loss by before its backward.
         measures_gap: in the next forward, compare the soft model with the hard one.
     """
@@ -34,7 +35,7 @@ class Objective:
         self.moment = Moment("dense", 0.0)
         self.teacher = None
         self.taught = None
-        self.accumulation = 1
+        self.accumulation = self.processes = 1
         self.loss_scale = lambda: 1.0
         self.measures_gap = False
         self._sums, self._counts = defaultdict(float), defaultdict(int)
@@ -82,7 +83,9 @@ class Objective:
         self.pruner.soft = {}
         if annealing:
             self.open_gates()
-        outputs = forward(*args, **kwargs)
+        wants_tuple = kwargs.get("return_dict", model.config.return_dict) is False
+        seen = {**{name: value for name, value in kwargs.items() if name != "num_items_in_batch"}, "return_dict": True}
+        outputs = forward(*args, **seen)
         if self.moment.phase != "settle":
             self.observe()
         terms = {}
@@ -90,22 +93,33 @@ class Objective:
         total = sum((0.0 * parameter.sum() for parameter in self.parameters()), torch.zeros((), device=model.device))
         if self.moment.phase != "dense":
             if self.teacher is not None:
-                terms.update(self._distill(model, outputs, args, kwargs))
-            terms.update(self.losses(model, kwargs))
+                terms.update(self._distill(model, outputs, args, seen))
+            terms.update(self.losses(model, seen))
             total = total + sum(terms.values())
         for name, value in terms.items():
             self.note(name, value)
         if self.measures_gap and annealing:
-            self.note("soft_hard_gap", self._gap(model, forward, args, kwargs))
+            self.measures_gap = False
+            self.note("soft_hard_gap", self._gap(model, forward, args, seen))
         self.taught = self.pruner.last_forward = None
         self.pruner.watched = frozenset()
         if self.teacher is not None:
             self.teacher.token_pruner.watched = frozenset()
+        outputs = self._carry(model, outputs, total, kwargs)
+        return outputs.to_tuple() if wants_tuple else outputs
+
+    def _carry(self, model, outputs, total, kwargs):
+        """Send the auxiliary loss along, scaled like the main loss under gradient accumulation."""
+        loss = outputs.get("loss")
         of_step = self._share_of_step(model, outputs, kwargs)
-        if of_step is not None:
-            return carry(outputs, total * of_step, has_loss=_has_loss(outputs, kwargs), share=self.loss_scale)
-        # The Trainer divides the model's loss itself; a loss computed from other outputs is divided by nobody we can ask.
-        return carry(outputs, total, has_loss=_has_loss(outputs, kwargs), share=lambda: self.loss_scale() / self.accumulation)
+        if of_step is None:
+            # The Trainer divides the model's loss itself; one computed from other outputs is divided by nobody we can ask.
+            return carry(outputs, total, has_loss=loss is not None, share=lambda: self.loss_scale() / self.accumulation)
+        if loss is not None:
+            # Many heads of transformers ignore `num_items_in_batch`. A mean, times its part of the labels, is what it asks for.
+            outputs["loss"] = loss * of_step
+        scale = self.loss_scale if loss is not None else lambda: self.loss_scale() * self.processes
+        return carry(outputs, total * of_step, has_loss=loss is not None, share=scale)
 
     def _share_of_step(self, model, outputs, kwargs):
         """What part of an optimizer step this micro-batch is, where that can be told: the Trainer gives `num_items_in_batch`,
@@ -115,7 +129,7 @@ class Objective:
             return None
         if labels is not None:
             return labels.ne(-100).sum() / items
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs.get("logits")
+        logits = outputs.get("logits")
         if logits is None or logits.dim() != 2:
             return None
         labels = logits.numel() if model.config.problem_type == "multi_label_classification" else logits.shape[0]
@@ -127,21 +141,21 @@ class Objective:
             taught = self.teacher(*args, **{**seen, "return_dict": True})
         self.taught = taught
         names = [name for name in taught if name.endswith("logits")] or ["last_hidden_state"]
-        regression = _is_regression(model) or names == ["last_hidden_state"]
+        separate = _is_separate(model) or names == ["last_hidden_state"]
         total = 0.0
         for name in names:
-            student = outputs[name] if not isinstance(outputs, tuple) else _find(outputs, taught[name])
+            student = outputs[name]
             mask = _rows_that_count(taught[name], kwargs)
             if mask is not None:
                 student, target = student[mask], taught[name][mask]
             else:
                 target = taught[name]
-            total = total + (regression_distillation if regression else logit_distillation)(student, target)
+            total = total + (regression_distillation if separate else logit_distillation)(student, target)
         return {"distillation": self.distill_weight * total / len(names)}
 
     def _gap(self, model, forward, args, kwargs):
         """How differently the soft (training) and the hard (inference) model judge this batch, without dropout: mean total
-        variation distance of their class probabilities (regression: mean absolute difference)."""
+        variation distance of their class probabilities (regression, several labels: mean absolute difference of the logits)."""
         soft, watched, meter = self.pruner.soft, self.pruner.watched, self.pruner.meter
         modes = {module: module.training for module in model.modules()}
         seen = {name: value for name, value in kwargs.items() if name not in (*LABELS, "num_items_in_batch", "return_loss")}
@@ -161,7 +175,7 @@ class Objective:
             self.pruner.watched, self.pruner.meter = watched, meter
             for module, mode in modes.items():
                 module.training = mode
-        if _is_regression(model):
+        if _is_separate(model):
             return (found[0] - found[1]).abs().mean().item()
         return (found[0].softmax(-1) - found[1].softmax(-1)).abs().sum(-1).mean().item() / 2
 
@@ -180,21 +194,12 @@ class Objective:
         return means
 
 
-def _is_regression(model):
-    """As transformers decides it, which sets `problem_type` only once it has computed a loss."""
+def _is_separate(model):
+    """Is each logit a judgement of its own (regression, several labels) rather than one class of many? `problem_type` says so, but
+    transformers sets it only once it has computed a loss."""
     kind = model.config.problem_type
-    return kind == "regression" or (kind is None and model.config.num_labels == 1 and "Classification" in type(model).__name__)
-
-
-def _has_loss(outputs, kwargs):
-    if isinstance(outputs, tuple):
-        given = any(kwargs.get(name) is not None for name in LABELS)
-        return given and isinstance(outputs[0], torch.Tensor) and outputs[0].dim() == 0
-    return outputs.get("loss") is not None
-
-
-def _find(outputs, like):
-    return next(x for x in outputs if isinstance(x, torch.Tensor) and x.shape == like.shape)
+    one = model.config.num_labels == 1 and "Classification" in type(model).__name__
+    return kind in ("regression", "multi_label_classification") or (kind is None and one)
 
 
 def _rows_that_count(tensor, kwargs):

@@ -12,7 +12,7 @@ from ..budget import Budget, Lengths
 from ..errors import ConfigError
 from ..gates import keep_probability, log_alpha_for, sample_hard_concrete, scale_rate
 from ..losses import lagrangian, ranking_distillation
-from ..modeling.modeling_token_pruned import attach, make_config
+from ..modeling.modeling_token_pruned import attach, is_token_pruned, make_config
 from ..modeling.pruner import TokenPruner
 from ..modeling.selection import RankBins, relative_rank
 from ..schedule import Schedule, ramp
@@ -25,8 +25,9 @@ class ToP:
 
     At each site the tokens of a text are ranked by the attention they receive; `rank_bins` gates say which bins of relative rank
     survive, and one gate says whether the site prunes at all (section 4.2). The expected MACs of all gates are held to a target
-    that tightens linearly from what the dense model spends to `target_macs` (section 4.3). The teacher's logits are distilled, and
-    its last layer's ranking of the tokens, with LambdaARP2, into the early layers (section 4.1).
+    that tightens linearly from what the packed model spends to `target_macs` over four fifths of the annealing (section 4.3).
+    The teacher's logits are distilled, and its last layer's ranking of the tokens, with LambdaARP2, into the early layers
+    (section 4.1).
 
     Two ways to hold the target. "lagrangian" is the paper's: all gates start open and alike, and multipliers are learned that
     press on all of them; they need thousands of steps to follow. "projected" holds it exactly in every step: a common shift of all
@@ -44,7 +45,8 @@ class ToP:
         distill_weight: weight of the teacher's logits against the task's own loss of weight 1.
         constraint: "projected" or "lagrangian", see above.
         gate_lr: how far a gate (a log-odds) moves per step of an Adam-like optimizer at the peak of its schedule.
-            None = enough to cross its whole range within the anneal phase.
+            None = 20 / steps of the anneal phase, at least 0.01 and at most 0.2. Gates are in one of the optimizer's ordinary
+            groups: weight decay pulls them to where they started, too.
         schedule: how the run's steps are shared out.
 
     Raises:
@@ -93,7 +95,11 @@ class ToP:
 
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""
-        teacher = type(self.teacher).__name__ if isinstance(self.teacher, nn.Module) else self.teacher and str(self.teacher)
+        teacher = (
+            type(self.teacher).__name__
+            if isinstance(self.teacher, nn.Module)
+            else self.teacher and os.path.basename(str(self.teacher))
+        )
         sites = None if self.sites is None else list(self.sites)
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {"name": "top", **fields, "teacher": teacher, "sites": sites, "schedule": asdict(self.schedule)}
@@ -121,7 +127,12 @@ class ToP:
                 f"ToP(target_macs={self.target_macs}) is out of reach with sites {sites}: with every token dropped at the first of "
                 f"them, {least} of the dense model's MACs are left. Ask for that or more, or add earlier sites."
             )
-        attach(model, {site: RankBins(self.rank_bins) for site in sites}, method=self.settings())
+        selectors = {site: RankBins(self.rank_bins) for site in sites}
+        protected = []
+        if is_token_pruned(model):
+            protected = model.token_pruner.protected_ids
+            _take_over(model.token_pruner.sites, selectors)
+        attach(model, selectors, protected, method=self.settings())
         pruner = model.token_pruner
         pruner.training_state = Gates(len(sites), self.rank_bins, self.constraint).to(model.device)
         pruner.objective = ToPObjective(model, self)
@@ -133,6 +144,15 @@ logger = logging.get_logger(__name__)
 
 def _number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _take_over(old, selectors):
+    """A model that is pruned already keeps its selection until it is trained anew: it may be here to be evaluated only."""
+    if sorted(map(int, old)) == sorted(selectors):
+        for site, selector in selectors.items():
+            known = old[str(site)]
+            if isinstance(known, RankBins) and known.bins == selector.bins:
+                selector.set_kept(known.kept.cpu())
 
 
 class Gates(nn.Module):
@@ -191,7 +211,12 @@ class ToPObjective(Objective):
         self.told = False
 
     def start_run(self, learning_rate, anneal_steps):
-        """Fix how fast gates move, from the optimizer's own learning rate."""
+        """Begin anew: gates at their start, and how fast they move, from the optimizer's own learning rate."""
+        with torch.no_grad():
+            for parameter in self.gates.parameters():
+                parameter.zero_()
+        self.gates.lengths.zero_()
+        self.told = False
         rate = self.config.gate_lr if self.config.gate_lr is not None else min(max(20 / max(anneal_steps, 1), 0.01), 0.2)
         self.gates.scale.fill_(rate / learning_rate)
 
@@ -288,10 +313,10 @@ class ToPObjective(Objective):
         The hard model thus spends the target, whatever the gates' probabilities add up to.
         """
         with torch.no_grad():
-            kept = survival(self.log_alpha())
-            pattern = torch.ones_like(kept, dtype=torch.bool)
-            if self.moment.phase != "dense":
-                pattern = self._most_probable(kept.cpu(), self.seen(), self.target())
+            if self.moment.phase == "dense":
+                pattern = torch.ones_like(self.gates.bins, dtype=torch.bool)
+            else:
+                pattern = self._most_probable(survival(self.log_alpha()).cpu(), self.seen(), self.target())
                 self._tell_if_out_of_reach(pattern)
             for i, site in enumerate(self.sites):
                 self.pruner.site(site).set_kept(pattern[i])

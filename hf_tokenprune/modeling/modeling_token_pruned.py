@@ -9,7 +9,11 @@ import functools
 
 import transformers
 from transformers.models.auto import modeling_auto
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+try:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+except ImportError as error:
+    raise ImportError("Token-pruned models need transformers 5.23 or newer: pip install -U transformers") from error
 
 from .errors import ConfigError, UnsupportedModelError
 from .pruner import TokenPruner
@@ -151,8 +155,8 @@ def read_config(config):
     if unknown:
         raise damaged(f"unknown entries {sorted(map(str, unknown))}")
     sites, ids = config.get("sites"), config.get("protected_token_ids")
-    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-        raise damaged(f"protected_token_ids is {ids!r}, not a list of token ids")
+    if not isinstance(ids, list) or len(ids) > 10_000 or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise damaged(f"protected_token_ids is {str(ids)[:100]}, not a list of at most 10000 token ids")
     if not isinstance(sites, list):
         raise damaged(f"sites is {sites!r}, not a list")
     seen = set()
@@ -201,7 +205,9 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
             raise ConfigError(f"attach(sites={{{layer!r}: {selector!r}}}): sites are {{number of a layer: selector}}.")
     if len({id(selector) for selector in sites.values()}) < len(sites):
         raise ConfigError("attach(sites=...) has the same selector at two layers. Make one for each.")
-    if not isinstance(protected_token_ids, (list, tuple)) or not all(type(i) is int and i >= 0 for i in protected_token_ids):
+    if not isinstance(protected_token_ids, (list, tuple)) or not all(
+        type(i) is int and 0 <= i < 2**31 for i in protected_token_ids
+    ):
         raise ConfigError(f"attach(protected_token_ids={protected_token_ids!r}): give a list of token ids (int, from 0).")
     ordered = sorted(sites.items())
     config = read_config(make_config(ordered, protected_token_ids, method))

@@ -295,10 +295,10 @@ class TokenPruner(nn.Module):
     # The hooks, in the order in which they run.
 
     def _before_encoder(self, encoder, args, kwargs):
-        asked = {
-            name: kwargs.get(name, getattr(encoder.config, name, None)) not in (None, False) or kwargs.get(name) == [0]
-            for name in ("output_attentions", "output_hidden_states")
-        }
+        asked = {}
+        for name in ("output_attentions", "output_hidden_states"):
+            value = kwargs.get(name, getattr(encoder.config, name, None))
+            asked[name] = value is not None and value is not False  # 0 asks for the first hidden state
         if asked["output_attentions"]:
             raise UnsupportedInputError(
                 "output_attentions=True: a packed model never forms the attention matrices. Ask the dense model: "
@@ -377,7 +377,7 @@ class TokenPruner(nn.Module):
                 states = weights * states + (1 - weights) * call.stay(call.entered)
             if call.rows is not None:
                 forward.departed.append((call.layer, call.departed()))
-        call.entered = None
+        call.entered = _active.call = None
         if call.layer == self.layer_count - 1:
             states = call.survivors.unpack(states, [gone for _, gone in forward.departed])
         return (states, *output[1:]) if isinstance(output, tuple) else states

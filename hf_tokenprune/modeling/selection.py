@@ -158,11 +158,11 @@ class TopK(Selector):
 
     def __init__(self, keep=0.5):
         super().__init__()
-        whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+        whole = isinstance(keep, int) and not isinstance(keep, bool) and 1 <= keep <= 1_000_000
         share = isinstance(keep, float) and 0 < keep <= 1
         if not (whole or share):
             raise ConfigError(
-                f"TopK(keep={keep!r}): keep is a share in (0, 1] (a float) or a number of tokens from 1 (an int)."
+                f"TopK(keep={keep!r}): keep is a share in (0, 1] (a float) or a number of tokens from 1 to a million (an int)."
             )
         self.share = keep
 
