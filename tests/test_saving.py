@@ -329,7 +329,7 @@ def test_checkpoints_and_saved_models_are_the_published_form(tmp_path):
     trainer.model.save_pretrained(tmp_path / "by model")
     for step in (2, 4, 6):
         assert_published_form(tmp_path / "run" / f"checkpoint-{step}", hf.BertForSequenceClassification, trainer_files=True)
-    for folder in ("by trainer", "by model", "run/teacher"):
+    for folder in ("by trainer", "by model", "run/_teacher"):
         assert_published_form(tmp_path / folder, hf.BertForSequenceClassification)
 
 
