@@ -2,8 +2,8 @@
 
     python examples/speed.py --output results/speed.json
 
-Models of two shapes with random weights (time does not depend on them) read documentation texts (see `docstrings.py`) of up to 128
-tokens in batches of 32, unsorted, and one by one. Three questions:
+Models of two shapes with random weights (time does not depend on them) read documentation texts (see `docstrings.py`) in batches of
+32, unsorted, and one by one. Three questions:
 
 * packing: how much faster than the unmodified model on the padded batch, against padded tokens / real tokens?
 * dropping: how much faster than the packed dense model, against the MACs saved?
@@ -34,19 +34,20 @@ SHAPES = {
 }
 KEEPS = {"6x384": {1: 0.6, 2: 0.5, 3: 0.5, 4: 0.5}, "12x768": {2: 0.7, 4: 0.6, 6: 0.5, 8: 0.5}}
 HEADS = {"sequence": BertForSequenceClassification, "token": BertForTokenClassification}
-MAX_LENGTH = 128
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=64, help="texts to time (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--max-length", type=int, default=128, help="cut texts to so many tokens; more = more ragged")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--output", type=Path, default=Path("runs/speed.json"))
     args = parser.parse_args()
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     texts = list(docstrings.load()["test"].shuffle(seed=0)["text"][: args.texts])
-    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=args.max_length)["input_ids"]]
     padded = sum(max(lengths[i : i + 32]) * len(lengths[i : i + 32]) for i in range(0, len(lengths), 32))
     report = {
         "command": "python " + " ".join(sys.argv),
@@ -55,19 +56,19 @@ def main():
         "inference": [],
         "training": [],
     }
-    for shape, head in tqdm([(shape, head) for shape in SHAPES for head in HEADS], desc="inference"):
-        report["inference"].append(inference(shape, head, tokenizer, texts, padded / sum(lengths), args.repeats))
-    report["training"] = [training_step("6x384", tokenizer, texts[:32], args.repeats)]
+    for shape, head in tqdm([(shape, head) for shape in args.shapes for head in HEADS], desc="inference"):
+        report["inference"].append(inference(shape, head, tokenizer, texts, padded / sum(lengths), args))
+    report["training"] = [training_step(args.shapes[0], tokenizer, texts[:32], args)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1))
     show(report)
 
 
-def inference(shape, head, tokenizer, texts, padded_over_real, repeats):
+def inference(shape, head, tokenizer, texts, padded_over_real, args):
     """Times of one shape and head, at batch 32 and batch 1."""
     model = HEADS[head](BertConfig(**SHAPES[shape], num_labels=7)).eval()
     tp.attach(model, {layer: tp.TopK(share) for layer, share in KEEPS[shape].items()})
-    result = bench(model, texts, tokenizer=tokenizer, batch_sizes=(1, 32), max_length=MAX_LENGTH, repeats=repeats)
+    result = bench(model, texts, tokenizer=tokenizer, batch_sizes=(1, 32), max_length=args.max_length, repeats=args.repeats)
     one, many = result["results"]
     ms, macs = many["ms"], many["macs"]
     return {
@@ -84,9 +85,9 @@ def inference(shape, head, tokenizer, texts, padded_over_real, repeats):
     }
 
 
-def training_step(shape, tokenizer, texts, repeats):
+def training_step(shape, tokenizer, texts, args):
     """Times of a step of the dense phase and of the anneal phase, mean over the phase, with and without a teacher."""
-    batch = tokenizer(texts, truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt")
+    batch = tokenizer(texts, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
     batch["labels"] = torch.arange(len(texts)) % 7
     dense = BertForSequenceClassification(BertConfig(**SHAPES[shape], num_labels=7))
     steps = {}
@@ -98,7 +99,7 @@ def training_step(shape, tokenizer, texts, repeats):
         steps[name] = (model.train(), objective, torch.optim.AdamW(model.parameters(), lr=1e-4))
     moments = [0.1, 0.3, 0.5, 0.7, 0.9]
     seconds = {name: [[] for _ in moments] for name in steps}
-    for repeat in tqdm(range(repeats + 1), desc="training"):
+    for repeat in tqdm(range(args.repeats + 1), desc="training"):
         for i, progress in enumerate(moments):
             for name, (model, objective, optimizer) in steps.items():
                 objective.moment = Moment("dense" if name == "dense" else "anneal", progress)

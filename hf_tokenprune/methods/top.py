@@ -18,6 +18,8 @@ from ..modeling.selection import RankBins, relative_rank
 from ..schedule import Schedule, ramp
 from .base import Objective
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToP:
@@ -137,9 +139,6 @@ class ToP:
         pruner.training_state = Gates(len(sites), self.rank_bins, self.constraint).to(model.device)
         pruner.objective = ToPObjective(model, self)
         return pruner.objective
-
-
-logger = logging.get_logger(__name__)
 
 
 def _number(value):
