@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import UnsupportedInputError, UnsupportedModelError
 from .modeling.architectures import find_encoder, get_layers
-from .modeling.pruner import LayerTrace
+from .modeling.calls import LayerTrace
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hf_tokenprune as tp
 from hf_tokenprune import cost
 from hf_tokenprune.modeling.architectures import find_encoder, get_layers
-from hf_tokenprune.modeling.pruner import LayerTrace
+from hf_tokenprune.modeling.calls import LayerTrace
 from hf_tokenprune.modeling.selection import Selector
 
 CASES = [

@@ -1,175 +1,21 @@
 """The hooks that pack an encoder's input, drop tokens at its sites, and unpack its output.
 
-One forward is a `Forward`, one layer of it a `LayerCall`. A layer call travels through the unmodified layer as its
-`attention_mask`, so that the attention function finds it there; it decides who survives, and hooks before and after the
-layer's `cut` module (see `architectures.Family`) and the layer itself carry that out.
+What one forward has to remember is in `calls`. The hooks before and after each layer, and around the layer's `cut` module (see
+`architectures.Family`), carry out what its `LayerCall` decided.
 """
 
 import contextlib
 import functools
-import threading
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from .architectures import find_encoder, get_layers, reads_only_pooled
-from .attention import ATTENTION, packed_attention, register_attention
+from .attention import ATTENTION, register_attention
+from .calls import Forward, LayerCall, active
 from .errors import ConfigError, UnsupportedInputError
 from .packing import PackedBatch
-from .selection import SELECTORS, most_important
-
-_active = threading.local()
-
-
-@dataclass(frozen=True)
-class LayerTrace:
-    """Tokens per sequence that entered a layer, that asked in its attention, and that survived it; shortest sequences first."""
-
-    entered: list[int]
-    queries: list[int]
-    survived: list[int]
-
-
-@dataclass
-class LayerCall:
-    """One call of one layer.
-
-    Args:
-        pruner: the model's `TokenPruner`.
-        layer: the layer's number.
-        batch: the tokens that enter the layer.
-        entered: `(1, T, H)` hidden states that enter the layer.
-        site: the selector, if the layer is a site where tokens may be dropped this time.
-        gates: what stands in for the selector in training, or None; see `TokenPruner.soft`.
-        protected: `(T,)` bool at a site, else None.
-        first_only: only the first token of each sequence is read after this layer.
-        watched: importance is wanted even if there is no site.
-        rows: `(K,)` the tokens that stay, known once attention has run; None = all, who are then in `everyone` if gated.
-        survivors: the tokens that leave the layer on its normal way.
-        importance: `(T,)` attention received, at a site and in a watched layer.
-    """
-
-    pruner: Any
-    layer: int
-    batch: PackedBatch
-    entered: torch.Tensor
-    site: Any = None
-    gates: Any = None
-    protected: torch.Tensor | None = None
-    first_only: bool = False
-    watched: bool = False
-    rows: torch.Tensor | None = None
-    survivors: PackedBatch | None = None
-    everyone: torch.Tensor | None = None
-    importance: torch.Tensor | None = None
-
-    def attend(self, query, key, value, dropout, scaling, window):
-        """Attention of this layer; chooses the survivors on the way."""
-        _active.call = self
-        context, importance = packed_attention(
-            query, key, value, self.batch,
-            dropout=dropout, scaling=scaling, window=window,
-            importance=self.watched or self.site is not None,
-            first_only=self.first_only and not self.watched,
-        )  # fmt: skip
-        again = self.survivors is not None
-        weights = None if self.gates is None else self._weights(importance)
-        if again:
-            # Gradient checkpointing re-computes the layer. It must come to the same survivors by the same operations.
-            if weights is not None:
-                weights[self.rows if self.rows is not None else self.everyone]
-        else:
-            self.importance = importance
-            self._choose(weights)
-        return context
-
-    def _weights(self, importance):
-        weights = self.gates(importance, self.batch, self.protected)
-        if not self.pruner.family.summary_tokens:
-            weights = torch.where(most_important(importance, self.batch, self.protected), torch.ones_like(weights), weights)
-        return weights if self.batch.weights is None else weights * self.batch.weights
-
-    def _choose(self, weights):
-        self.survivors = self.batch
-        if self.first_only:
-            rows = self.batch.first_rows
-        elif self.site is None:
-            return
-        elif weights is not None:
-            rows = (weights > 0).nonzero().squeeze(1)
-            weights = weights[rows]
-        else:
-            keep = self.site.keep(self.importance, self.batch, self.protected)
-            if not self.pruner.family.summary_tokens:
-                keep = keep | most_important(self.importance, self.batch, self.protected)
-            rows = keep.nonzero().squeeze(1)
-        if rows.shape[0] < self.batch.total:
-            self.rows, self.survivors = rows, self.batch.select(rows, weights)
-        elif weights is not None:
-            self.everyone, self.survivors = rows, self.batch.with_weights(weights)
-
-    def stay(self, tensor):
-        """The survivors' part of `(1, T, *rest)`."""
-        return tensor if self.rows is None else tensor.index_select(1, self.rows)
-
-    def departed(self):
-        """`(index, states)` of the tokens that leave here: they keep the hidden state they entered the layer with."""
-        gone = torch.ones(self.batch.total, dtype=torch.bool, device=self.rows.device)
-        gone[self.rows] = False
-        return self.batch.index[gone], self.entered[:, gone]
-
-    def trace(self):
-        entered = self.batch.lengths
-        asking = [min(n, 1) for n in entered] if self.first_only and not self.watched else entered
-        return LayerTrace(entered, asking, self.survivors.lengths)
-
-
-@dataclass
-class Forward:
-    """What one pass through the encoder has to remember.
-
-    Args:
-        pruner: the model's `TokenPruner`.
-        input_ids: `(B, S)`, or None if the caller passed embeddings or pixels.
-        first_only: nothing but the first token of the last layer is read.
-        outer: the forward that this one runs inside of, on the same thread.
-        calls: one `LayerCall` per layer so far.
-        departed: for each layer that dropped tokens, `(layer, (index, states))`.
-    """
-
-    pruner: Any
-    input_ids: torch.Tensor | None
-    first_only: bool
-    return_tuple: bool
-    outer: Any = None
-    calls: list[LayerCall] = field(default_factory=list)
-    departed: list = field(default_factory=list)
-    gathered: dict = field(default_factory=dict)
-    guarded: torch.Tensor | None = None
-
-    def protected(self, batch):
-        """`(T,)` bool: summary tokens, and tokens whose id the user protects."""
-        if self.guarded is None:
-            self.guarded = torch.zeros(batch.batch_size * batch.seq_len, dtype=torch.bool, device=batch.index.device)
-            self.guarded[batch.index[batch.places < self.pruner.family.summary_tokens]] = True
-            if self.pruner.protected_ids:
-                if self.input_ids is None:
-                    raise UnsupportedInputError(
-                        f"The tokens {self.pruner.protected_ids} are protected, but this call has no input_ids to find them "
-                        "in. Pass input_ids, or attach without protected_token_ids."
-                    )
-                ids = torch.tensor(self.pruner.protected_ids, device=self.input_ids.device)
-                self.guarded |= torch.isin(self.input_ids.reshape(-1), ids)
-        return self.guarded[batch.index]
-
-    def gather(self, value, batch):
-        """Bring a rotary `(cos, sin)` pair of `(1 or B, S, D)` into packed order `(1, T, D)`."""
-        key = (id(value), id(batch))
-        if key not in self.gathered:
-            self.gathered[key] = tuple(part if part is None else batch.pack(part) for part in value)
-        return self.gathered[key]
+from .selection import SELECTORS
 
 
 class TokenPruner(nn.Module):
@@ -285,12 +131,12 @@ class TokenPruner(nn.Module):
     @contextlib.contextmanager
     def head(self):
         """Within this context the encoder is called by the model's own head, not by itself."""
-        outer = getattr(_active, "head", None)
-        _active.head = self
+        outer = active.head
+        active.head = self
         try:
             yield
         finally:
-            _active.head = outer
+            active.head = outer
 
     # The hooks, in the order in which they run.
 
@@ -314,17 +160,17 @@ class TokenPruner(nn.Module):
         # Anew in every forward: a model with the same config object may have been detached, or this one come out of a pickle.
         self._use_packed_attention(encoder)
         return_tuple = kwargs.get("return_dict", encoder.config.return_dict) is False
-        _active.forward = Forward(
+        active.forward = Forward(
             self,
             ids if is_ids else None,
-            self.pooled_head and getattr(_active, "head", None) is self and not asked["output_hidden_states"],
+            self.pooled_head and active.head is self and not asked["output_hidden_states"],
             return_tuple,
-            outer=_current(),
+            outer=active.forward,
         )
         return args, {**kwargs, "return_dict": True}
 
     def _before_layer(self, number, layer, args, kwargs):
-        forward = _active.forward
+        forward = active.forward
         states = args[0] if args else kwargs["hidden_states"]
         if number == 0:
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
@@ -356,17 +202,17 @@ class TokenPruner(nn.Module):
         return (states,), {**kwargs, "attention_mask": call}
 
     def _before_cut(self, module, args):
-        call = _active.call
+        call = active.call
         return None if call.rows is None else tuple(call.stay(tensor) for tensor in args)
 
     def _after_cut(self, module, args, output):
-        call = _active.call
+        call = active.call
         if call.rows is None:
             return None
         return output.new_zeros(1, call.batch.total, output.shape[-1]).index_copy(1, call.rows, output)
 
     def _after_layer(self, layer, args, output):
-        forward = _active.forward
+        forward = active.forward
         call = forward.calls[-1]
         states = output[0] if isinstance(output, tuple) else output
         if not self.family.cut_residual:
@@ -377,17 +223,17 @@ class TokenPruner(nn.Module):
                 states = weights * states + (1 - weights) * call.stay(call.entered)
             if call.rows is not None:
                 forward.departed.append((call.layer, call.departed()))
-        call.entered = _active.call = None
+        call.entered = active.call = None
         if call.layer == self.layer_count - 1:
             states = call.survivors.unpack(states, [gone for _, gone in forward.departed])
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def _after_encoder(self, encoder, args, output):
-        forward = _current()
+        forward = active.forward
         if forward is None or forward.pruner is not self:
             return None
-        _active.forward = forward.outer
-        _active.call = None
+        active.forward = forward.outer
+        active.call = None
         if output is None:  # the forward raised
             return None
         self.trace = [call.trace() for call in forward.calls]
@@ -396,21 +242,8 @@ class TokenPruner(nn.Module):
             self.meter(self)
         states = getattr(output, "hidden_states", None)
         if states is not None:
-            output.hidden_states = tuple(_padded(forward, number, state) for number, state in enumerate(states))
+            output.hidden_states = tuple(forward.padded(number, state) for number, state in enumerate(states))
         return output.to_tuple() if forward.return_tuple else output
-
-
-def _current():
-    return getattr(_active, "forward", None)
-
-
-def _padded(forward, number, states):
-    """Entry `number` of `output_hidden_states` as `(B, S, H)`: 0 is the first layer's input, then each layer's output."""
-    first = forward.calls[0].batch
-    if states is None or states.shape[:2] == (first.batch_size, first.seq_len):
-        return states
-    batch = forward.calls[number - 1].survivors if number else first
-    return batch.unpack(states, [gone for layer, gone in forward.departed if layer < number])
 
 
 def _check_first_position(batch):
