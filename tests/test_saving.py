@@ -511,20 +511,23 @@ def test_a_damaged_config_is_refused_by_name(saved, tmp_path, what):
         tp.from_pretrained(tmp_path / "copy")
 
 
+def copy_with(saved, tmp_path, **entries):
+    """A copy of a saved folder with other entries in its config."""
+    shutil.copytree(saved, tmp_path / "copy")
+    config = {**json.loads((saved / "config.json").read_text()), **entries}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize("value", [[], "yes", 1, True])
 def test_a_config_that_is_no_dictionary_is_refused(saved, tmp_path, value):
-    shutil.copytree(saved, tmp_path / "copy")
-    config = {**json.loads((saved / "config.json").read_text()), "token_pruning": value}
-    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    copy_with(saved, tmp_path, token_pruning=value)
     with pytest.raises(tp.errors.ConfigError, match="not a dictionary"):
         tp.from_pretrained(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("architectures", [None, [], ["NobodyKnows"], ["Trainer"]])
 def test_a_config_that_names_no_class_of_transformers_is_refused(saved, tmp_path, architectures):
-    shutil.copytree(saved, tmp_path / "copy")
-    config = {**json.loads((saved / "config.json").read_text()), "architectures": architectures}
-    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    copy_with(saved, tmp_path, architectures=architectures)
     with pytest.raises(tp.errors.UnsupportedModelError, match="architectures"):
         tp.from_pretrained(tmp_path / "copy")
 

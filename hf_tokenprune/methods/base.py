@@ -84,7 +84,8 @@ class Objective:
         if annealing:
             self.open_gates()
         wants_tuple = kwargs.get("return_dict", model.config.return_dict) is False
-        seen = {**{name: value for name, value in kwargs.items() if name != "num_items_in_batch"}, "return_dict": True}
+        seen = {**kwargs, "return_dict": True}
+        seen.pop("num_items_in_batch", None)
         outputs = forward(*args, **seen)
         if self.moment.phase != "settle":
             self.observe()
@@ -136,9 +137,8 @@ class Objective:
         return labels / items
 
     def _distill(self, model, outputs, args, kwargs):
-        seen = {name: value for name, value in kwargs.items() if name not in (*LABELS, "num_items_in_batch", "return_loss")}
         with torch.no_grad():
-            taught = self.teacher(*args, **{**seen, "return_dict": True})
+            taught = self.teacher(*args, **_without_labels(kwargs))
         self.taught = taught
         names = [name for name in taught if name.endswith("logits")] or ["last_hidden_state"]
         separate = _is_separate(model) or names == ["last_hidden_state"]
@@ -158,7 +158,6 @@ class Objective:
         variation distance of their class probabilities (regression, several labels: mean absolute difference of the logits)."""
         soft, watched, meter = self.pruner.soft, self.pruner.watched, self.pruner.meter
         modes = {module: module.training for module in model.modules()}
-        seen = {name: value for name, value in kwargs.items() if name not in (*LABELS, "num_items_in_batch", "return_loss")}
         found = []
         try:
             model.eval()
@@ -166,7 +165,7 @@ class Objective:
             with torch.no_grad():
                 for gates in (soft, {}):
                     self.pruner.soft, self.pruner.soft_in_eval = gates, bool(gates)
-                    outputs = forward(*args, **{**seen, "return_dict": True})
+                    outputs = forward(*args, **_without_labels(kwargs))
                     found.append(
                         next((outputs[n] for n in outputs if n.endswith("logits")), outputs[next(iter(outputs))]).float()
                     )
@@ -192,6 +191,10 @@ class Objective:
         self._sums.clear()
         self._counts.clear()
         return means
+
+
+def _without_labels(kwargs):
+    return {name: value for name, value in kwargs.items() if name not in (*LABELS, "return_loss")}
 
 
 def _is_separate(model):
