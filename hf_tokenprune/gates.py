@@ -3,6 +3,9 @@
 The hard concrete distribution (Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization",
 arXiv 1712.01312): a concrete variable is stretched from (0, 1) to `(LOW, HIGH)` and clamped back, so that a gate is exactly 0
 or exactly 1 with a probability above zero and has a gradient in between. `log_alpha`, of any shape, is what is learned.
+
+Straight-through Gumbel-softmax (Jang et al. 2017, "Categorical Reparameterization with Gumbel-Softmax", arXiv 1611.01144): the
+decision is taken, 0 or 1, and has the gradient of its relaxation. For decisions that depend on the input.
 """
 
 import math
@@ -71,6 +74,40 @@ def log_alpha_for(probability):
             f"A gate cannot start with keep probability {probability!r}: it must be a float above 0 and below 1, e.g. 0.95."
         )
     return math.log(probability) - math.log1p(-probability) + _SHIFT
+
+
+def sample_straight_through(logits, *, temperature=1.0, noise=None):
+    """Decide to keep or to drop, at random, with a gradient (straight-through Gumbel-softmax, section 2.2 of Jang et al.).
+
+    Forward: `argmax(logits + g)`, `g` being Gumbel noise, which keeps with probability `softmax(logits)[1]` whatever the
+    temperature. Backward: the gradient of the soft sample, `softmax((logits + g) / temperature)[1]`.
+
+    Args:
+        logits: `(..., 2)`, entry 0 = drop, entry 1 = keep.
+        temperature: a number above 0; the lower, the nearer the soft sample is to 0 or 1, and the noisier its gradient.
+        noise: uniform (0, 1) numbers of the shape of `logits`; drawn with `torch.rand` if None.
+
+    Returns:
+        `(...)`, exactly 0.0 (drop) or 1.0 (keep), at least float32. A tie drops.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 2.0], [2.0, 0.0]], requires_grad=True)
+        >>> decisions = sample_straight_through(logits, noise=torch.full((2, 2), 0.5))
+        >>> decisions.detach()
+        tensor([1., 0.])
+        >>> decisions.sum().backward()
+        >>> logits.grad
+        tensor([[-0.1050,  0.1050],
+                [-0.1050,  0.1050]])
+    """
+    logits = _at_least_float32(logits)
+    if noise is None:
+        noise = torch.rand_like(logits)
+    limits = torch.finfo(logits.dtype)
+    noisy = logits - (-noise.to(logits.dtype).clamp(limits.tiny, 1 - limits.eps).log()).log()
+    lead = noisy[..., 1] - noisy[..., 0]
+    soft = torch.sigmoid(lead / temperature)
+    return (lead > 0).to(soft.dtype) + (soft - soft.detach())
 
 
 def scale_rate(parameter, scale):

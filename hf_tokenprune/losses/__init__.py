@@ -1,7 +1,20 @@
 """Losses: small functions of tensors and numbers. Methods put them together."""
 
+from .bottleneck import information_norm, negative_entropy
 from .constraint import lagrangian
 from .distillation import logit_distillation, regression_distillation
+from .layer_match import layer_distances, layer_distillation, match_layers
 from .ranking import lambda_arp2, ranking_distillation
 
-__all__ = ["lagrangian", "lambda_arp2", "logit_distillation", "ranking_distillation", "regression_distillation"]
+__all__ = [
+    "information_norm",
+    "lagrangian",
+    "lambda_arp2",
+    "layer_distances",
+    "layer_distillation",
+    "logit_distillation",
+    "match_layers",
+    "negative_entropy",
+    "ranking_distillation",
+    "regression_distillation",
+]

@@ -1,0 +1,83 @@
+"""Layer match: pull hidden states towards those of the dense model while layers of the pruned one disappear."""
+
+import torch
+from torch.nn import functional
+
+
+def layer_distances(student, teacher):
+    """Mean squared difference of every student layer to every teacher layer.
+
+    Args:
+        student: list of `(T, H)` hidden states, one per student layer, already transformed to the teacher's width.
+        teacher: list of `(T, H)` hidden states of the same tokens, one per teacher layer to be matched; gets no gradient.
+
+    Returns:
+        `(teacher layers, student layers)`, at least float32.
+
+    Example:
+        >>> student, teacher = [torch.full((2, 3), x) for x in (0.0, 1.0, 3.0)], [torch.full((2, 3), 1.0)]
+        >>> layer_distances(student, teacher)
+        tensor([[1., 0., 4.]])
+    """
+    student = [_at_least_float32(states) for states in student]
+    return torch.stack([torch.stack([_distance(s, t) for s in student]) for t in teacher])
+
+
+def match_layers(distances, alive):
+    """For each teacher layer the nearest student layer that still exists.
+
+    CoFi's `m(i) = argmin over j alive of MSE(W h_student_j, h_teacher_i)` (Xia et al. 2022, arXiv 2204.00408, section 3.2).
+    Nothing of it is a parameter: it is learned in that it is taken anew in every step and so follows the transformed states.
+    Two teacher layers may take the same student layer, in any order.
+
+    Args:
+        distances: `(teacher layers, student layers)`; gets no gradient.
+        alive: `(student layers,)` bool, list or tensor: which layers are not pruned. If none is, all count, so that there is
+            a match whatever the gates do.
+
+    Returns:
+        `(teacher layers,)` int64, indices of student layers. Ties go to the earlier layer.
+
+    Example:
+        >>> match_layers(torch.tensor([[1.0, 0.0, 4.0]]), [True, False, True])
+        tensor([0])
+        >>> match_layers(torch.tensor([[1.0, 0.0, 4.0]]), [False, False, False])
+        tensor([1])
+    """
+    alive = torch.as_tensor(alive, dtype=torch.bool, device=distances.device)
+    return distances.detach().masked_fill(~alive & alive.any(), float("inf")).argmin(dim=1)
+
+
+def layer_distillation(student, teacher, alive):
+    """Make the student's hidden states resemble the teacher's, layer by matched layer.
+
+    CoFi's layerwise distillation (Xia et al. 2022, arXiv 2204.00408, section 3.2): the mean over teacher layers `i` of
+    `MSE(W h_student_m(i), h_teacher_i)`, `m` being `match_layers`. The paper takes the sum; the mean does not depend on how
+    many layers of the teacher are distilled from. Student layers that no teacher layer is matched to get no gradient and may
+    hold anything if they are not alive.
+
+    Args:
+        student: list of `(T, H)` hidden states, one per student layer, already transformed to the teacher's width.
+        teacher: list of `(T, H)` hidden states of the same tokens, one per teacher layer; gets no gradient.
+        alive: `(student layers,)` bool, list or tensor: which layers are not pruned.
+
+    Returns:
+        `(loss, match)`: a scalar, at least float32, and what `match_layers` returns.
+
+    Example:
+        >>> student = [torch.full((2, 3), x) for x in (0.0, 1.0, 3.0)]
+        >>> layer_distillation(student, [torch.full((2, 3), 1.0), torch.full((2, 3), 5.0)], [True, False, True])
+        (tensor(2.5000), tensor([0, 2]))
+    """
+    with torch.no_grad():
+        match = match_layers(layer_distances(student, teacher), alive)
+    pairs = zip(match.tolist(), teacher, strict=True)
+    return torch.stack([_distance(student[j], states) for j, states in pairs]).mean(), match
+
+
+def _distance(student, teacher):
+    return functional.mse_loss(_at_least_float32(student), _at_least_float32(teacher.detach()))
+
+
+def _at_least_float32(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
