@@ -2,16 +2,23 @@
 
 from . import cost, errors
 from .loading import from_pretrained
+from .methods.compose import Compose
+from .methods.infor_coef import InforCoef
+from .methods.structured import StructuredPruning
 from .methods.top import ToP
 from .modeling.modeling_token_pruned import attach, detach, pack
-from .modeling.selection import RankBins, TopK
+from .modeling.selection import RankBins, Skim, TopK
 from .schedule import Schedule
 from .training import TokenPruneCallback
 
 __version__ = "0.1.0"
 __all__ = [
+    "Compose",
+    "InforCoef",
     "RankBins",
     "Schedule",
+    "Skim",
+    "StructuredPruning",
     "ToP",
     "TokenPruneCallback",
     "TopK",

@@ -7,7 +7,7 @@ say everything about it: how many samples, the sum of `m` and the sum of `m^2`.
 
 from dataclasses import dataclass
 
-from .cost import layer_shapes
+from .cost import dense_layer_shapes, layer_shapes
 
 
 @dataclass(frozen=True)
@@ -36,37 +36,43 @@ class Budget:
 
     def __init__(self, model, pruner=None, sites=None):
         pruner = model.token_pruner if pruner is None else pruner
-        self.shapes = layer_shapes(model)
+        self.shapes, self.dense_shapes = layer_shapes(model), dense_layer_shapes(model)
         self.sites = sorted(map(int, pruner.sites if sites is None else sites))
         self.protected = pruner.family.summary_tokens
         self.pooled_head = pruner.pooled_head
 
-    def share(self, kept, lengths):
+    def share(self, kept, lengths, shapes=None):
         """The share of the dense model's MACs on the real tokens (full last layer) that is spent.
 
         Args:
             kept: per site, in order of layers, the share of the droppable tokens that enter it and survive: a tensor `(sites,)` or
                 a list of floats.
             lengths: `Lengths` of the data.
+            shapes: a `LayerShape` per layer, of numbers or tensors, if weights are gated; by default the model's own.
 
         Returns:
             A scalar like the entries of `kept`: a tensor, differentiable in `kept`, or a float.
         """
         kept = dict(zip(self.sites, kept, strict=True))
-        alive, spent, dense = 1.0, 0.0, 0.0
-        for layer, shape in enumerate(self.shapes):
-            dense = dense + self._layer(shape, 1.0, 1.0, lengths)
+        alive, spent = 1.0, 0.0
+        dense = sum(self._layer(shape, 1.0, 1.0, lengths) for shape in self.dense_shapes)
+        shapes = self.shapes if shapes is None else shapes
+        for layer, shape in enumerate(shapes):
             entering, alive = alive, alive * kept.get(layer, 1.0)
-            if self.pooled_head and layer == len(self.shapes) - 1:
+            if self.pooled_head and layer == len(shapes) - 1:
                 tokens = self._tokens(entering, lengths)
                 spent = spent + (shape.before + shape.attention) * tokens + shape.after * lengths.samples
             else:
                 spent = spent + self._layer(shape, entering, alive, lengths)
         return spent / dense
 
+    def parameters(self, shapes):
+        """The share of the weights of the dense model's layers that `LayerShape`s of numbers or tensors have left."""
+        return sum(s.before + s.after for s in shapes) / sum(s.before + s.after for s in self.dense_shapes)
+
     def least(self):
         """The smallest share that long texts could be brought down to: everything dropped at the first site."""
-        whole = sum(s.before + s.after for s in self.shapes)
+        whole = sum(s.before + s.after for s in self.dense_shapes)
         first = self.sites[0]
         return (sum(s.before + s.after for s in self.shapes[:first]) + self.shapes[first].before) / whole
 

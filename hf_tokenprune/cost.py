@@ -19,6 +19,7 @@ from torch import nn
 from .errors import UnsupportedInputError, UnsupportedModelError
 from .modeling.architectures import find_encoder, get_layers
 from .modeling.calls import LayerTrace
+from .modeling.shapes import dense_skeleton, has_ffn, shape_map
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,44 @@ def layer_shapes(model: nn.Module) -> list[LayerShape]:
     return shapes
 
 
+def dense_layer_shapes(model: nn.Module) -> list[LayerShape]:
+    """The `LayerShape` of each layer of the model before any weights were cut out of it."""
+    return layer_shapes(model if shape_map(model) is None else dense_skeleton(model))
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What the two blocks of one layer cost, in MACs.
+
+    Args:
+        attention: of the attention's Linears, per token, `(before, after)` as in `LayerShape`.
+        pairs: of attention itself, per query-key pair.
+        ffn: of the FFN's Linears, per token that survives the layer.
+    """
+
+    attention: tuple[int, int]
+    pairs: int
+    ffn: int
+
+    def scaled(self, hidden, heads, units):
+        """The `LayerShape` that is left with such shares of hidden units, heads and FFN units: floats or scalar tensors."""
+        before, after = self.attention
+        linear = hidden * heads
+        return LayerShape(linear * before, linear * after + hidden * units * self.ffn, heads * self.pairs)
+
+
+def block_shapes(model: nn.Module) -> list[BlockShape]:
+    """The `BlockShape` of each layer."""
+    family, encoder = find_encoder(model)
+    found = []
+    for shape, layer in zip(layer_shapes(model), get_layers(family, encoder), strict=True):
+        ffn = 0
+        if has_ffn(family, layer):
+            ffn = sum(_linear_macs(layer.get_submodule(path)) for path in (family.units_in, family.units_out))
+        found.append(BlockShape((shape.before, shape.after - ffn), shape.attention, ffn))
+    return found
+
+
 def trace_macs(model: nn.Module, trace: Sequence[LayerTrace] | None = None) -> list[int]:
     """MACs of each layer in a forward of a packed or token-pruned model.
 
@@ -72,12 +111,12 @@ def trace_macs(model: nn.Module, trace: Sequence[LayerTrace] | None = None) -> l
 
 
 def dense_macs(model: nn.Module, lengths: Sequence[int]) -> list[int]:
-    """MACs of each layer if the unmodified model ran on sequences of these lengths without any padding."""
-    return [shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in layer_shapes(model)]
+    """MACs of each layer if the unmodified model, with all its weights, ran on sequences of these lengths without any padding."""
+    return [shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in dense_layer_shapes(model)]
 
 
 def padded_macs(model: nn.Module, batch_size: int, seq_len: int) -> list[int]:
-    """MACs of each layer if the unmodified model ran on a batch padded to `(batch_size, seq_len)`."""
+    """MACs of each layer if the unmodified model, with all its weights, ran on a batch padded to `(batch_size, seq_len)`."""
     return dense_macs(model, [seq_len] * batch_size)
 
 
@@ -116,7 +155,7 @@ class CostMeter:
     """Adds up the cost of a packed or token-pruned model over many batches.
 
     Args:
-        model: the model; its layers are measured now, its selectors at each update.
+        model: the model; what it was cut from is measured now, its layers and selectors at each update.
         max_length: tokens that the unmodified model would pad every sequence to; None = it does not pad.
 
     Example:
@@ -134,9 +173,9 @@ class CostMeter:
     def __init__(self, model: nn.Module, max_length: int | None = None):
         self.model = model
         self.max_length = max_length
-        self._shapes = layer_shapes(model)
+        self._dense_shapes = dense_layer_shapes(model)
         self._dense = self._padded = self._spent = self._sequences = 0
-        self._entered, self._tokens = 0, [0] * len(self._shapes)
+        self._entered, self._tokens = 0, []
 
     def update(self) -> None:
         """Add the model's latest forward.
@@ -146,7 +185,7 @@ class CostMeter:
             UnsupportedInputError: it has not run yet, or has read a sequence of more than `max_length` tokens.
         """
         trace = _trace_of(self.model)
-        lengths = trace[0].entered
+        lengths = trace[0].arrived
         longest = max(lengths, default=0)
         if self.max_length is not None and longest > self.max_length:
             raise UnsupportedInputError(
@@ -154,11 +193,14 @@ class CostMeter:
                 "unmodified model would pad to."
             )
         padded = lengths if self.max_length is None else [self.max_length] * len(lengths)
-        self._dense += sum(shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in self._shapes)
-        self._padded += sum(shape.macs(entered=padded, queries=padded, survived=padded) for shape in self._shapes)
-        self._spent += sum(_trace_macs(self.model, self._shapes, trace))
+        self._dense += sum(shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in self._dense_shapes)
+        self._padded += sum(shape.macs(entered=padded, queries=padded, survived=padded) for shape in self._dense_shapes)
+        self._spent += sum(_trace_macs(self.model, layer_shapes(self.model), trace))
         self._sequences += len(lengths)
         self._entered += sum(lengths)
+        if len(self._tokens) != len(trace):  # layers were removed in between: tokens per layer are those of the layers left
+            self._tokens, self._counted = [0] * len(trace), 0
+        self._counted += len(lengths)
         self._tokens = [tokens + sum(layer.survived) for tokens, layer in zip(self._tokens, trace, strict=True)]
 
     @property
@@ -175,7 +217,7 @@ class CostMeter:
         """
         if not self._sequences:
             raise UnsupportedInputError("No forward has been counted yet. Call update() after each forward of the model.")
-        tokens = tuple(total / self._sequences for total in self._tokens)
+        tokens = tuple(total / self._counted for total in self._tokens)
         entered = self._entered / self._sequences
         return Cost(self._dense, self._padded, self._spent, self._sequences, entered, tokens)
 
@@ -192,7 +234,7 @@ def _trace_of(model: Any) -> list[LayerTrace]:
 def _trace_macs(model: Any, shapes: Sequence[LayerShape], trace: Sequence[LayerTrace]) -> list[int]:
     return [
         shape.macs(entered=layer.entered, queries=layer.queries, survived=layer.survived)
-        + model.token_pruner.macs(number, sum(layer.entered))
+        + model.token_pruner.macs(number, sum(layer.arrived))
         for number, (shape, layer) in enumerate(zip(shapes, trace, strict=True))
     ]
 

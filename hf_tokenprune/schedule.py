@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from .errors import ConfigError
 
-PHASES = ("dense", "anneal", "settle")
+PHASES = ("dense", "static", "anneal", "settle")
+GATED_PHASES = ("static", "anneal")
 
 
 class Moment(NamedTuple):
@@ -23,6 +24,7 @@ class Schedule:
 
     Args:
         dense: ordinary fine-tuning, nothing is dropped. 0 for a model that is fine-tuned already.
+        static: weights are cut first, where a method does that (`InforCoef`).
         anneal: gates are learned while the budget tightens.
         settle: the selection is fixed and the weights get used to it, exactly as at inference.
 
@@ -35,6 +37,7 @@ class Schedule:
     """
 
     dense: float = 1.0
+    static: float = 0.0
     anneal: float = 1.5
     settle: float = 1.5
 
@@ -46,21 +49,27 @@ class Schedule:
         if self.anneal == 0:
             raise ConfigError("Schedule(anneal=0): without annealing nothing is learned about which tokens to drop.")
 
-    def ends(self, total):
-        """`(dense, anneal)`: the steps at which these phases end; settling ends at `total`. Annealing has one step or more."""
-        whole = self.dense + self.anneal + self.settle
+    def steps(self, total):
+        """By phase, how many of `total` steps it has. Annealing has one or more."""
+        whole = self.dense + self.static + self.anneal + self.settle
         dense = min(round(total * self.dense / whole), max(total - 1, 0))
-        anneal = round(total * (self.dense + self.anneal) / whole)
-        return dense, max(anneal, dense + 1)
+        static = min(round(total * (self.dense + self.static) / whole), max(total - 1, 0))
+        anneal = max(round(total * (self.dense + self.static + self.anneal) / whole), static + 1)
+        return {"dense": dense, "static": static - dense, "anneal": anneal - static, "settle": max(total - anneal, 0)}
 
     def at(self, step, total):
         """The `Moment` of step `step` (from 0) in a run of `total` steps."""
-        dense, anneal = self.ends(total)
-        if step < dense:
-            return Moment("dense", step / dense)
-        if step < anneal:
-            return Moment("anneal", (step - dense) / (anneal - dense))
-        return Moment("settle", (step - anneal) / max(total - anneal, 1))
+        begun = 0
+        for phase, steps in self.steps(total).items():
+            if step < begun + steps:
+                return Moment(phase, (step - begun) / steps)
+            begun += steps
+        return Moment("settle", 1.0)
+
+    def start(self, phase, total):
+        """The step with which a phase begins."""
+        steps = self.steps(total)
+        return sum(steps[earlier] for earlier in PHASES[: PHASES.index(phase)])
 
 
 def ramp(progress, start, end, *, warm=1.0):

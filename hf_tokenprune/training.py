@@ -68,6 +68,11 @@ class TokenPruneCallback(TrainerCallback):
         for name in ("fsdp", "deepspeed"):
             if getattr(args, name, None):
                 raise TrainingError(f"TokenPruneCallback does not work with {name} yet. Use one process, or torchrun (DDP).")
+        if args.world_size > 1 and getattr(self.method, "cuts_weights", False):
+            raise TrainingError(
+                f"{type(self.method).__name__} cuts weights in the middle of a run, which several processes at a time "
+                f"({args.world_size} here) cannot follow yet. Train in one process."
+            )
         if model is not self.model:
             self.attach(model)
         _log_first(self)
@@ -82,12 +87,12 @@ class TokenPruneCallback(TrainerCallback):
         _check_checkpointing(model)
         group = _group_of(optimizer, self.objective.parameters())
         self.total = state.max_steps
-        dense, anneal = self.method.schedule.ends(self.total)
+        dense = self.method.schedule.steps(self.total)["dense"]
         if state.global_step == 0:
             learning_rate = group.get("initial_lr", group["lr"])
             if not learning_rate > 0:
                 raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
-            self.objective.start_run(learning_rate, anneal - dense)
+            self.objective.start_run(learning_rate, self.method.schedule.steps(self.total))
             self.objective.moment = self.method.schedule.at(0, self.total)
             self.objective.harden()
         self.objective.loss_scale = lambda: _loss_scale(optimizer)
@@ -99,9 +104,10 @@ class TokenPruneCallback(TrainerCallback):
             self.objective.teacher = load_teacher(args.output_dir, self.objective.teacher_number, model.device)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        step, (dense, _) = state.global_step, self.method.schedule.ends(self.total)
-        if step == dense:
-            # A dense phase of zero gradients has made Adam believe that any gradient is huge.
+        step, plan = state.global_step, self.method.schedule
+        dense = plan.start("static", self.total)
+        if step in (dense, plan.start("anneal", self.total)):
+            # A phase of zero gradients has made Adam believe that any gradient is huge.
             for parameter in self.objective.parameters():
                 optimizer.state.pop(parameter, None)
         if step == dense and self.method.teacher == "self":
@@ -111,14 +117,16 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.moment = self.method.schedule.at(step, self.total)
         self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         now = self.objective.moment
-        self.objective.pruner.soft = {}  # holds the gradients' graph of the last forward
+        self.objective.close_gates()  # they hold the gradients' graph of the last forward
         if now.phase == "settle":
             return
         # What is evaluated and saved after this step is the model that the next step begins with.
         self.objective.moment = self.method.schedule.at(state.global_step, self.total)
         self.objective.harden()
+        if self.objective.moment.phase != now.phase:
+            self.objective.end_phase(now.phase, optimizer)
         if self.objective.moment.phase == "settle":
             # A model that was better before it met the budget is none to come back to.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
@@ -143,10 +151,10 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None
-        if state.global_step < self.method.schedule.ends(self.total)[1]:
+        if state.global_step < (end := self.method.schedule.start("settle", self.total)):
             logger.warning(
                 f"Training ended at step {state.global_step}, before the budget was met: annealing goes on to step "
-                f"{self.method.schedule.ends(self.total)[1]} of {self.total}. The model spends more than was asked for. Let early "
+                f"{end} of {self.total}. The model spends more than was asked for. Let early "
                 "stopping begin later."
             )
 

@@ -22,7 +22,7 @@ LAYERS = (
     {"modeling"},
     {"errors"},
     {"cost", "gates", "losses", "schedule", "loading"},
-    {"budget", "surgery", "teacher"},
+    {"budget", "structure", "surgery", "teacher"},
     {"methods"},
     {"training"},
 )

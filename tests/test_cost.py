@@ -123,7 +123,7 @@ def test_layers_may_differ_in_heads_and_units():
 
 def test_a_trace_can_be_given():
     model = tp.pack(build("bert", "Model"))
-    trace = [LayerTrace([4, 6], [4, 6], [4, 6])] * 4
+    trace = [LayerTrace([4, 6], [4, 6], [4, 6], [4, 6])] * 4
     assert cost.trace_macs(model, trace) == cost.dense_macs(model, [4, 6])
 
 
@@ -136,7 +136,7 @@ class Costly(Selector):
 
 def test_the_selector_pays_for_itself():
     model = tp.pack(build("bert", "ForSequenceClassification"))
-    trace = [LayerTrace([4, 6], [4, 6], [4, 6])] * 4
+    trace = [LayerTrace([4, 6], [4, 6], [4, 6], [4, 6])] * 4
     free = cost.trace_macs(model, trace)
     model.token_pruner.sites["1"] = Costly()
     paid = cost.trace_macs(model, trace)

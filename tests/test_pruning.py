@@ -31,7 +31,7 @@ SITES = {"one": (1,), "two apart": (0, 2), "every": range(DEPTH)}
 def sites_of(name, head, sites):
     """Those of `sites` that may drop tokens: not the last layer of a pooled head."""
     model = tp.pack(build(name, head))
-    return [layer for layer in sites if layer <= model.token_pruner.highest_site]
+    return [layer for layer in sites if layer in model.token_pruner.possible_sites()]
 
 
 def one_head(name):

@@ -18,7 +18,12 @@ SHARES = [
     (0, 1e-9, 5),
     (7, 3, 11),
 ]
-RUNS = [(Schedule(dense=d, anneal=a, settle=s), total) for d, a, s in SHARES for total in range(1, 51)]
+RUNS = [
+    (Schedule(dense=d, static=static, anneal=a, settle=s), total)
+    for d, a, s in SHARES
+    for static in (0, 1.5)
+    for total in range(1, 51)
+]
 
 
 def phases(plan, total):
@@ -35,15 +40,17 @@ def test_phases_partition_a_run_of_any_length():
     for plan, total in RUNS:
         numbers = [schedule.PHASES.index(moment.phase) for moment in phases(plan, total)]
         assert numbers == sorted(numbers), (plan, total)
-        assert numbers.count(1) >= 1, "without annealing nothing is learned"
-        dense, anneal = plan.ends(total)
-        assert 0 <= dense < anneal <= total
-        assert [numbers.count(phase) for phase in range(3)] == [dense, anneal - dense, total - anneal]
+        assert numbers.count(schedule.PHASES.index("anneal")) >= 1, "without annealing nothing is learned"
+        steps = plan.steps(total)
+        assert {name: numbers.count(i) for i, name in enumerate(schedule.PHASES)} == steps
+        for name in schedule.PHASES:
+            if steps[name]:
+                assert plan.at(plan.start(name, total), total) == (name, 0.0)
 
 
 def test_each_phase_gets_its_share_to_within_a_step():
     for plan, total in RUNS:
-        whole = plan.dense + plan.anneal + plan.settle
+        whole = plan.dense + plan.static + plan.anneal + plan.settle
         names = [moment.phase for moment in phases(plan, total)]
         given = 0 if total * plan.anneal / whole >= 1 else 1  # a step that annealing gets without being owed it
         for name in schedule.PHASES:
@@ -73,7 +80,7 @@ def test_only_proportions_count():
     for factor in (0.5, 3, 1e6):
         for total in range(1, 51):
             large = Schedule(dense=1 * factor, anneal=2 * factor, settle=3 * factor)
-            assert large.ends(total) == Schedule(dense=1, anneal=2, settle=3).ends(total)
+            assert large.steps(total) == Schedule(dense=1, anneal=2, settle=3).steps(total)
 
 
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, True, "1", None])

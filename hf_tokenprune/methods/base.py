@@ -11,7 +11,7 @@ import torch
 
 from ..losses import logit_distillation, regression_distillation
 from ..losses.carry import carry
-from ..schedule import PHASES, Moment
+from ..schedule import GATED_PHASES, PHASES, Moment
 
 LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
 
@@ -30,7 +30,9 @@ class Objective:
     """
 
     def __init__(self, model, distill_weight):
+        self.model = model
         self.pruner = model.token_pruner
+        self.pruner.objective = self
         self.distill_weight = distill_weight
         self.moment = Moment("dense", 0.0)
         self.teacher = None
@@ -42,8 +44,20 @@ class Objective:
 
     # What a method defines.
 
+    def start_run(self, learning_rate, steps):
+        """Begin anew, with the optimizer's learning rate and the number of steps of each phase by name."""
+
+    def prepare(self):
+        """Say what to watch in the next forward (`pruner.watched`, `pruner.remembers`), after the dense phase."""
+
     def open_gates(self):
-        """Put gates in the place of selectors (`pruner.soft`) for one forward of the anneal phase."""
+        """Put gates in the place of selectors (`pruner.soft`), or on the weights, for one forward after the dense phase."""
+
+    def close_gates(self):
+        """Take them away when training is over or the phase has ended."""
+
+    def end_phase(self, phase, optimizer):
+        """A phase has ended with its last step."""
 
     def observe(self):
         """Look at the lengths of a training batch; runs in the dense and the anneal phase."""
@@ -60,8 +74,10 @@ class Objective:
         return self.pruner.training_state.parameters()
 
     def target(self):
-        """The share of MACs asked for at this moment."""
+        """The share of MACs (or of what `cost` says) asked for at this moment."""
         return 1.0
+
+    cost = "macs"
 
     # What all methods do.
 
@@ -76,12 +92,12 @@ class Objective:
 
     def state(self):
         """Where the run is, for the log."""
-        return {"pruning_phase": PHASES.index(self.moment.phase), "macs_target": self.target()}
+        return {"pruning_phase": PHASES.index(self.moment.phase), f"{self.cost}_target": self.target()}
 
     def __call__(self, model, forward, args, kwargs):
-        annealing = self.moment.phase == "anneal"
         self.pruner.soft = {}
-        if annealing:
+        if self.moment.phase != "dense":
+            self.prepare()
             self.open_gates()
         wants_tuple = kwargs.get("return_dict", model.config.return_dict) is False
         seen = {**kwargs, "return_dict": True}
@@ -99,13 +115,12 @@ class Objective:
             total = total + sum(terms.values())
         for name, value in terms.items():
             self.note(name, value)
-        if self.measures_gap and annealing:
+        if self.measures_gap and self.moment.phase in GATED_PHASES:
             self.measures_gap = False
             self.note("soft_hard_gap", self._gap(model, forward, args, seen))
-        self.taught = self.pruner.last_forward = None
-        self.pruner.watched = frozenset()
-        if self.teacher is not None:
-            self.teacher.token_pruner.watched = frozenset()
+        self.taught = None
+        for pruner in (self.pruner, *([] if self.teacher is None else [self.teacher.token_pruner])):
+            pruner.last_forward, pruner.watched, pruner.remembers = None, frozenset(), False
         outputs = self._carry(model, outputs, total, kwargs)
         return outputs.to_tuple() if wants_tuple else outputs
 
@@ -156,22 +171,23 @@ class Objective:
     def _gap(self, model, forward, args, kwargs):
         """How differently the soft (training) and the hard (inference) model judge this batch, without dropout: mean total
         variation distance of their class probabilities (regression, several labels: mean absolute difference of the logits)."""
-        soft, watched, meter = self.pruner.soft, self.pruner.watched, self.pruner.meter
+        pruner = self.pruner
+        soft, watched, remembers, meter = pruner.soft, pruner.watched, pruner.remembers, pruner.meter
         modes = {module: module.training for module in model.modules()}
         found = []
         try:
             model.eval()
-            self.pruner.watched, self.pruner.meter = frozenset(), None
+            pruner.watched, pruner.remembers, pruner.meter = frozenset(), False, None
             with torch.no_grad():
                 for gates in (soft, {}):
-                    self.pruner.soft, self.pruner.soft_in_eval = gates, bool(gates)
+                    pruner.soft, pruner.soft_in_eval = gates, gates is soft
                     outputs = forward(*args, **_without_labels(kwargs))
                     found.append(
                         next((outputs[n] for n in outputs if n.endswith("logits")), outputs[next(iter(outputs))]).float()
                     )
         finally:
-            self.pruner.soft, self.pruner.soft_in_eval = soft, False
-            self.pruner.watched, self.pruner.meter = watched, meter
+            pruner.soft, pruner.soft_in_eval = soft, False
+            pruner.watched, pruner.remembers, pruner.meter = watched, remembers, meter
             for module, mode in modes.items():
                 module.training = mode
         if _is_separate(model):

@@ -28,6 +28,13 @@ class Family:
         pooled_heads: endings of class names of heads that read nothing but the first token.
         needs: config attributes and the values they must have.
         head_needs: the same for one head: ending of its class name, attribute, values.
+        projections: paths from a layer to the Linears that make queries, keys and values; one Linear may make all three.
+        context: path from a layer to the Linear that reads the context of all heads.
+        units_in: path from a layer to the Linear that makes the FFN's units; a gated FFN makes two of each.
+        units_out: path from a layer to the Linear that reads the FFN's units.
+        ffn: path from a layer to the module whose result is the FFN block's: as `cut`, `(units, residual)` or one tensor.
+        norms: paths to the norms after the two blocks where they are neither in `cut` and `ffn` nor before the block.
+        hidden: may single hidden units be cut out of this family?
     """
 
     encoder: str
@@ -43,6 +50,13 @@ class Family:
         ("chunk_size_feed_forward", (0,)),
     )
     head_needs: tuple[tuple[str, str, tuple], ...] = ()
+    projections: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
+    context: str = "attention.output.dense"
+    units_in: str = "intermediate.dense"
+    units_out: str = "output.dense"
+    ffn: str = "output"
+    norms: tuple[str, ...] = ()
+    hidden: bool = True
 
 
 VIT = {
@@ -52,6 +66,11 @@ VIT = {
     "cut_residual": False,
     "pooled_heads": ("ForImageClassification",),
     "needs": (),
+    "projections": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "context": "attention.o_proj",
+    "units_in": "mlp.fc1",
+    "units_out": "mlp.fc2",
+    "ffn": "mlp",
 }
 
 FAMILIES = {
@@ -69,8 +88,26 @@ FAMILIES = {
         cut="ffn",
         cut_residual=False,
         needs=(("chunk_size_feed_forward", (0,)),),
+        projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        context="attention.out_lin",
+        units_in="ffn.lin1",
+        units_out="ffn.lin2",
+        ffn="ffn",
+        norms=("sa_layer_norm", "output_layer_norm"),
     ),
-    "modernbert": Family("ModernBertModel", layers="layers", attention="attn", cut="mlp", cut_residual=False, needs=()),
+    "modernbert": Family(
+        "ModernBertModel",
+        layers="layers",
+        attention="attn",
+        cut="mlp",
+        cut_residual=False,
+        needs=(),
+        projections=("attn.Wqkv",),
+        context="attn.Wo",
+        units_in="mlp.Wi",
+        units_out="mlp.Wo",
+        ffn="mlp",
+    ),
     "vit": Family("ViTModel", **VIT),
     "deit": Family("DeiTModel", **{**VIT, "summary_tokens": 2}),
     "dinov2": Family(
@@ -78,7 +115,16 @@ FAMILIES = {
     ),
     "siglip_vision_model": Family(
         "SiglipVisionModel",
-        **{**VIT, "layers": "encoder.layers", "attention": "self_attn", "summary_tokens": 0, "pooled_heads": ()},
+        **{
+            **VIT,
+            "layers": "encoder.layers",
+            "attention": "self_attn",
+            "summary_tokens": 0,
+            "pooled_heads": (),
+            "projections": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "context": "self_attn.out_proj",
+            "hidden": False,  # its attention pooling is torch's own nn.MultiheadAttention
+        },
     ),
 }
 

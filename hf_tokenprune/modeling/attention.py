@@ -41,6 +41,22 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     return sdpa(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling).transpose(1, 2), None
 
 
+def weighted_softmax(scores, weight):
+    """Softmax in which each key counts `weight` times, with a finite gradient where that is 0.
+
+    Args:
+        scores: `(..., queries, keys)`.
+        weight: `(..., 1, keys)`, 0 or more, above 0 for at least one key.
+
+    Returns:
+        Shares in float32, of the shape of `scores`.
+    """
+    scores, weight = scores.float(), weight.float()
+    top = scores.detach().masked_fill(weight == 0, float("-inf")).amax(-1, keepdim=True)
+    counted = (scores - top).clamp(max=10).exp() * weight  # a key of weight 0 may lie far above all others
+    return counted / counted.sum(-1, keepdim=True)
+
+
 def packed_attention(query, key, value, batch, *, dropout=0.0, scaling=None, window=None, importance=False, first_only=False):
     """Attend within each sequence of a packed batch.
 
@@ -77,13 +93,16 @@ def packed_attention(query, key, value, batch, *, dropout=0.0, scaling=None, win
             place = batch.positions[start : start + count * length].view(count, 1, length)
             near = (place.transpose(1, 2)[:, : q.shape[2]] - place).abs() < window
             bias = torch.zeros(near.shape, dtype=q.dtype, device=q.device).masked_fill(~near, float("-inf"))[:, None]
-        if weight is not None:
+        if weight is not None and not batch.masked:
             logs = weight.log().view(count, 1, 1, length)
             bias = logs if bias is None else bias + logs
         if explicit:  # also where sdpa would take its slow path: the fast one on CPU knows no dropout
             scores = torch.matmul(q, k.transpose(-1, -2))
             scores = scores if bias is None else scores + bias
-            shares = scores.softmax(-1, dtype=torch.float32)
+            if batch.masked:
+                shares = weighted_softmax(scores, weight.view(count, 1, 1, length))
+            else:
+                shares = scores.softmax(-1, dtype=torch.float32)
             if importance:
                 asking = shares if weight is None else shares * weight.view(count, 1, length, 1)
                 received.append(asking.mean((1, 2)).flatten())

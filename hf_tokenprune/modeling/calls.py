@@ -35,8 +35,10 @@ active = Active()
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """Tokens per sequence that entered a layer, that asked in its attention, and that survived it; shortest sequences first."""
+    """Tokens per sequence, shortest sequences first: those that arrived at a layer, that entered it, that asked in its attention,
+    and that survived it."""
 
+    arrived: list[int]
     entered: list[int]
     queries: list[int]
     survived: list[int]
@@ -51,6 +53,7 @@ class LayerCall:
         layer: the layer's number.
         batch: the tokens that enter the layer.
         entered: `(1, T, H)` hidden states that enter the layer.
+        arrived: tokens per sequence before any were dropped at the entrance of the layer.
         site: the selector, if the layer is a site where tokens may be dropped this time.
         gates: what stands in for the selector in training, or None; see `TokenPruner.soft`.
         protected: `(T,)` bool at a site, else None.
@@ -59,12 +62,14 @@ class LayerCall:
         rows: `(K,)` the tokens that stay, known once attention has run; None = all, who are then in `everyone` if gated.
         survivors: the tokens that leave the layer on its normal way.
         importance: `(T,)` attention received, at a site and in a watched layer.
+        left: `(1, T, H)` hidden states of the survivors after the layer, if the pruner is to remember them.
     """
 
     pruner: Any
     layer: int
     batch: PackedBatch
     entered: torch.Tensor
+    arrived: list[int]
     site: Any = None
     gates: Any = None
     protected: torch.Tensor | None = None
@@ -74,6 +79,7 @@ class LayerCall:
     survivors: PackedBatch | None = None
     everyone: torch.Tensor | None = None
     importance: torch.Tensor | None = None
+    left: torch.Tensor | None = None
 
     def attend(self, query, key, value, dropout, scaling, window):
         """Attention of this layer; chooses the survivors on the way."""
@@ -94,6 +100,12 @@ class LayerCall:
             self.importance = importance
             self._choose(weights)
         return context
+
+    def skip(self):
+        """There is no attention in this layer."""
+        active.call = self
+        if self.survivors is None:
+            self._choose(None)
 
     def _weights(self, importance):
         weights = self.gates(importance, self.batch, self.protected)
@@ -133,7 +145,7 @@ class LayerCall:
     def trace(self):
         entered = self.batch.lengths
         asking = [min(n, 1) for n in entered] if self.first_only and not self.watched else entered
-        return LayerTrace(entered, asking, self.survivors.lengths)
+        return LayerTrace(self.arrived, entered, asking, self.survivors.lengths)
 
 
 @dataclass

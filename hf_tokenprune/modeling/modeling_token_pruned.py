@@ -7,6 +7,7 @@ So each checkpoint a Trainer writes can be opened with `AutoModelFor....from_pre
 
 import functools
 
+import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
@@ -18,6 +19,7 @@ except ImportError as error:
 from .errors import ConfigError, UnsupportedModelError
 from .pruner import TokenPruner
 from .selection import SELECTORS, Selector
+from .shapes import adopt_plain_config, check_shapes, cut, replay, shape_map, sizes_of
 
 FORMAT_VERSION = 1
 
@@ -31,7 +33,10 @@ class TokenPruningMixin:
         super().__init__(config, *args, **kwargs)
         if getattr(config, "token_pruning", None) is None:
             config.token_pruning = make_config()
-        self.token_pruner = TokenPruner(self, read_config(config.token_pruning))
+        settings = read_config(config.token_pruning)
+        if "shapes" in settings:
+            replay(self, settings["shapes"])
+        self.token_pruner = TokenPruner(self, settings)
         self.token_pruner.install(self)
         self.post_init()
 
@@ -40,6 +45,35 @@ class TokenPruningMixin:
             module.reset()
         else:
             super()._init_weights(module)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As `nn.Module.load_state_dict`; a model in training is first cut down to the sizes that a later checkpoint has."""
+        state = getattr(self.token_pruner, "training_state", None)
+        sizes = state_dict.get("token_pruner.training_state.sizes")
+        mine = getattr(state, "sizes", None)
+        if (
+            sizes is not None
+            and mine is not None
+            and sizes.shape == mine.shape
+            and not torch.equal(sizes, mine.to(sizes.device))
+        ):
+            self._resize_to(sizes.tolist())
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _resize_to(self, sizes):
+        hidden, counts = sizes[0], sizes[1:]
+        heads, units = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+        have, have_heads, have_units = sizes_of(self)
+        if len(have_heads) != len(heads) or any(
+            a > b for a, b in zip((hidden, *counts), (have, *have_heads, *have_units), strict=True)
+        ):
+            raise ConfigError(
+                "The checkpoint is of a larger model than this one, which has been cut since. Resume from it with a model as it was "
+                "when the run began: make the model and the Trainer anew."
+            )
+        if (hidden, heads, units) != (have, have_heads, have_units):
+            shorter = range(hidden) if hidden < have else None
+            resize(self, heads=[range(n) for n in heads], units=[range(n) for n in units], hidden=shorter)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`, with the code that opens the folder beside the weights."""
@@ -115,20 +149,22 @@ def is_token_pruned(model):
     return hasattr(type(model), "_dense_class") and hasattr(model, "token_pruner")
 
 
-def make_config(sites=(), protected_token_ids=(), method=None):
+def make_config(sites=(), protected_token_ids=(), method=None, shapes=None):
     """A `config.token_pruning`: plain JSON values only.
 
     Args:
         sites: pairs `(layer, selector)`.
         protected_token_ids: ids of tokens that are never dropped.
         method: how the selectors were trained, for people to read.
+        shapes: what is left of a model whose weights were cut, see `shapes.py`.
     """
     config = {
         "version": FORMAT_VERSION,
         "sites": [{"layer": layer, "selector": {"kind": s.kind, **s.settings()}} for layer, s in sites],
         "protected_token_ids": list(protected_token_ids),
     }
-    return config if method is None else {**config, "method": method}
+    more = {"method": method, "shapes": shapes}
+    return {**config, **{name: value for name, value in more.items() if value is not None}}
 
 
 def read_config(config):
@@ -151,7 +187,7 @@ def read_config(config):
             f"This model was saved in format {version} of hf_tokenprune; this code reads up to {FORMAT_VERSION}. Upgrade with "
             "`pip install -U hf_tokenprune`, or load with trust_remote_code=True, which uses the code in the folder."
         )
-    unknown = set(config) - {"version", "sites", "protected_token_ids", "method"}
+    unknown = set(config) - {"version", "sites", "protected_token_ids", "method", "shapes"}
     if unknown:
         raise damaged(f"unknown entries {sorted(map(str, unknown))}")
     sites, ids = config.get("sites"), config.get("protected_token_ids")
@@ -176,6 +212,8 @@ def read_config(config):
             SELECTORS[kind](**selector)
         except TypeError as error:
             raise damaged(f"the selector at layer {layer} has the settings {selector!r} ({error})") from None
+    if "shapes" in config:
+        check_shapes(config["shapes"])
     return config
 
 
@@ -210,7 +248,7 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
     ):
         raise ConfigError(f"attach(protected_token_ids={protected_token_ids!r}): give a list of token ids (int, from 0).")
     ordered = sorted(sites.items())
-    config = read_config(make_config(ordered, protected_token_ids, method))
+    config = read_config(make_config(ordered, protected_token_ids, method, shape_map(model)))
     pruner = TokenPruner(model, config)
     for layer, selector in ordered:
         pruner.sites[str(layer)] = selector
@@ -221,6 +259,32 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
     model.token_pruner = pruner
     model.config.token_pruning = config
     _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+    return model
+
+
+def resize(model, *, heads, units, hidden=None, on_cut=None):
+    """Cut a packed or token-pruned model in place down to some of its weights, as `shapes.cut` does, and write the shape map.
+
+    Sites of layers that are removed go with them. Hooks and config are those of the smaller model afterwards.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as `shapes.cut`; the model is as it was.
+    """
+    pruner, settings = model.token_pruner, model.config.token_pruning
+    pruner.uninstall(model)
+    try:
+        cut(model, heads=heads, units=units, hidden=hidden, on_cut=on_cut)
+        if hidden is not None:
+            index = torch.as_tensor(list(hidden), device=model.device)
+            for part in (*pruner.sites.values(), getattr(pruner, "training_state", None)):
+                if hasattr(part, "cut_hidden"):
+                    part.cut_hidden(index, on_cut or (lambda *_: None))
+        adopt_plain_config(model)
+        pruner.keep_layers(model, [i for i, (a, f) in enumerate(zip(heads, units, strict=True)) if len(a) + len(f)])
+    finally:
+        pruner.install(model)
+    sites = [(int(layer), selector) for layer, selector in pruner.sites.items()]
+    model.config.token_pruning = make_config(sites, pruner.protected_ids, settings.get("method"), shape_map(model))
     return model
 
 

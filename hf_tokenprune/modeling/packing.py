@@ -31,7 +31,8 @@ class PackedBatch:
         samples: for each sequence in packed order, its row in the padded batch.
         index: `(T,)` position of each packed token in the padded batch flattened to `B * S`.
         dense: the packed batch is the padded batch, reshaped (no padding, nothing dropped).
-        weights: `(T,)` or None. Soft gates of a training step in (0, 1]: how much each token still counts as a key.
+        weights: `(T,)` or None. Soft gates of a training step: how much each token still counts as a key.
+        masked: weights may be 0: such tokens are as good as gone, but wait here for a gradient.
     """
 
     batch_size: int
@@ -41,6 +42,7 @@ class PackedBatch:
     index: torch.Tensor
     dense: bool = False
     weights: torch.Tensor | None = field(default=None, repr=False)
+    masked: bool = False
 
     @classmethod
     def from_mask(cls, mask, *, batch_size, seq_len, device):
@@ -145,10 +147,12 @@ class PackedBatch:
         """The batch of the tokens at `rows` `(K,)` (ascending) only, with `weights` `(K,)` if they are soft."""
         kept = self.sequence_ids[rows]
         lengths = torch.bincount(kept, minlength=len(self.lengths)).tolist()
-        chosen = PackedBatch(self.batch_size, self.seq_len, lengths, self.samples, self.index[rows], weights=weights)
+        chosen = PackedBatch(
+            self.batch_size, self.seq_len, lengths, self.samples, self.index[rows], weights=weights, masked=self.masked
+        )
         chosen.__dict__["sequence_ids"] = kept
         return chosen
 
-    def with_weights(self, weights):
+    def with_weights(self, weights, masked=False):
         """The same tokens, with other `weights` `(T,)`."""
-        return replace(self, weights=weights)
+        return replace(self, weights=weights, masked=masked)

@@ -16,6 +16,7 @@ from .calls import Forward, LayerCall, active
 from .errors import ConfigError, UnsupportedInputError
 from .packing import PackedBatch
 from .selection import SELECTORS
+from .shapes import has_attention, shape_map, sizes_of
 
 
 class TokenPruner(nn.Module):
@@ -27,11 +28,14 @@ class TokenPruner(nn.Module):
     Attributes:
         sites: selectors by layer number.
         soft: by layer number, a callable `(importance, batch, protected) -> weights (T,)` in [0, 1] that stands in for the
-            selector in training mode; a token of weight 0 is dropped.
+            selector in training mode; a token of weight 0 is dropped. In the place of a selector that looks before the layer
+            it gets the hidden states `(T, H)` instead of importance, and a token of weight 0 waits, masked, for its gradient.
         watched: layers whose importance is wanted, and then found in `last_forward.calls[layer].importance`.
+        remembers: hidden states after each layer are wanted, and then found in `last_forward.calls[layer].left`.
         soft_in_eval: use `soft` in evaluation mode too.
         objective: called instead of the model's forward in training mode, as `objective(model, forward, args, kwargs)`.
         meter: called with the pruner after each forward.
+        structure: gates on weights, which go when the weights themselves are cut; has `remove()`.
         trace: a `LayerTrace` per layer of the latest forward.
     """
 
@@ -39,41 +43,74 @@ class TokenPruner(nn.Module):
         super().__init__()
         self.family, encoder = find_encoder(model)
         layers = get_layers(self.family, encoder)
-        self.layer_count = len(layers)
+        self._measure(encoder, layers)
         self.pooled_head = reads_only_pooled(self.family, model, encoder)
         self.protected_ids = settings["protected_token_ids"]
         self.sites = nn.ModuleDict()
-        self.check_sites(site["layer"] for site in settings["sites"])
         for site in settings["sites"]:
             selector = dict(site["selector"])
-            self.sites[str(site["layer"])] = SELECTORS[selector.pop("kind")](**selector)
+            kind = SELECTORS[selector.pop("kind")]
+            self.check_sites([site["layer"]], kind)
+            self.sites[str(site["layer"])] = kind(**selector)
+            if selector.get("hidden", self.hidden_size) != self.hidden_size:
+                raise ConfigError(
+                    f"The selector at layer {site['layer']} reads {selector['hidden']} hidden units, but this model has "
+                    f"{self.hidden_size}."
+                )
         self.soft = {}
         self.soft_in_eval = False
         self.watched = frozenset()
+        self.remembers = False
         self.objective = None
         self.meter = None
         self.trace = []
         self.last_forward = None
         self.handles = []
+        self.structure = None
         self.dense_attention = None
 
     def __getstate__(self):
         """A copy or pickle is a model for inference: what hangs on it while it trains stays behind."""
-        return {**self.__dict__, "soft": {}, "watched": frozenset(), "objective": None, "meter": None, "last_forward": None}
+        left = {"soft": {}, "watched": frozenset(), "remembers": False, "objective": None, "meter": None, "last_forward": None}
+        return {**self.__dict__, **left}
 
-    @property
-    def highest_site(self):
-        """The last layer that can be a site: a pooled head's last layer computes one token anyway."""
-        return self.layer_count - (2 if self.pooled_head else 1)
+    def _measure(self, encoder, layers):
+        self.layer_count = len(layers)
+        self.with_attention = [has_attention(self.family, layer) for layer in layers]
+        self.hidden_size = encoder.config.hidden_size if shape_map(encoder) is None else sizes_of(encoder)[0]
 
-    def check_sites(self, layers):
+    def keep_layers(self, model, numbers):
+        """The model's layers at `numbers` are left, and perhaps less of them: the sites get their new numbers, or go."""
+        _, encoder = find_encoder(model)
+        self._measure(encoder, get_layers(self.family, encoder))
+        old = {int(layer): selector for layer, selector in self.sites.items()}
+        self.sites = nn.ModuleDict({str(new): old[number] for new, number in enumerate(numbers) if number in old})
+        for layer in [int(layer) for layer in self.sites]:
+            if layer not in self.possible_sites(self.site(layer)):
+                del self.sites[str(layer)]
+        self.trace = []
+        if self.structure is not None:
+            self.structure.remove()
+            self.structure = None
+
+    def possible_sites(self, selector=None):
+        """The layers that can be sites of a kind of selector. One that ranks by attention needs some, and a pooled head's last
+        layer computes one token anyway; one that looks before the layer can stand anywhere."""
+        layers = range(self.layer_count)
+        if selector is not None and selector.before:
+            return list(layers)
+        return [i for i in layers if self.with_attention[i] and not (self.pooled_head and i == self.layer_count - 1)]
+
+    def check_sites(self, layers, selector=None):
         """Raise `ConfigError` if tokens cannot be dropped in one of these layers."""
+        possible = self.possible_sites(selector)
         for layer in layers:
-            if not 0 <= layer <= self.highest_site:
+            if layer not in possible:
                 raise ConfigError(
                     f"There is a site at layer {layer}, but this model with {self.layer_count} layers can drop tokens in layers "
-                    f"0 to {self.highest_site}"
-                    + (" (its last layer computes the pooled token alone)." if self.pooled_head else ".")
+                    f"{', '.join(map(str, possible)) or 'none at all'}"
+                    + (" (its last layer computes the pooled token alone)" if self.pooled_head else "")
+                    + (". Layers without attention cannot rank tokens." if not all(self.with_attention) else ".")
                 )
 
     def site(self, layer):
@@ -110,7 +147,8 @@ class TokenPruner(nn.Module):
             keep(layer.register_forward_pre_hook(functools.partial(self._before_layer, number), with_kwargs=True))
             # Before any hook of transformers that records hidden states, so that these are of the tokens that stay.
             keep(layer.register_forward_hook(self._after_layer, prepend=True))
-            if str(number) in self.sites or (self.pooled_head and number == len(layers) - 1):
+            site = self.site(number)
+            if (site is not None and not site.before) or (self.pooled_head and number == len(layers) - 1):
                 cut = layer.get_submodule(self.family.cut)
                 keep(cut.register_forward_pre_hook(self._before_cut))
                 if not self.family.cut_residual:
@@ -180,11 +218,14 @@ class TokenPruner(nn.Module):
             states = batch.pack(states)
         else:
             batch = forward.calls[-1].survivors
-        site = self.site(number)
-        if site is not None and not self.needs_importance(site):
+        site, arrived = self.site(number), batch.lengths
+        if site is not None and site.before:
+            batch, states = self._skim(forward, number, site, batch, states)
+            site = None
+        elif site is not None and not self.needs_importance(site):
             site = None
         call = LayerCall(
-            self, number, batch, states,
+            self, number, batch, states, arrived,
             site=site,
             gates=self.soft[number] if site is not None and self.is_soft else None,
             protected=None if site is None else forward.protected(batch),
@@ -200,6 +241,24 @@ class TokenPruner(nn.Module):
         if len(args) > 1:
             return (states, call, *args[2:]), kwargs
         return (states,), {**kwargs, "attention_mask": call}
+
+    def _skim(self, forward, number, site, batch, states):
+        """Let a selector that looks before the layer drop tokens, or in training mask them."""
+        soft = self.soft.get(number) if self.is_soft else None
+        if soft is None and site.idle:
+            return batch, states
+        protected = forward.protected(batch)
+        if soft is not None:
+            weights = soft(states[0], batch, protected)
+            weights = weights if batch.weights is None else weights * batch.weights
+            return batch.with_weights(weights, masked=True), states
+        keep = site.keep(states[0], batch, protected)
+        rows = keep.nonzero().squeeze(1)
+        if rows.shape[0] == batch.total:
+            return batch, states
+        if not forward.first_only:
+            forward.departed.append((number, (batch.index[~keep], states[:, ~keep])))
+        return batch.select(rows), states.index_select(1, rows)
 
     def _before_cut(self, module, args):
         call = active.call
@@ -224,6 +283,8 @@ class TokenPruner(nn.Module):
             if call.rows is not None:
                 forward.departed.append((call.layer, call.departed()))
         call.entered = active.call = None
+        if self.remembers:
+            call.left = states
         if call.layer == self.layer_count - 1:
             states = call.survivors.unpack(states, [gone for _, gone in forward.departed])
         return (states, *output[1:]) if isinstance(output, tuple) else states
@@ -237,7 +298,7 @@ class TokenPruner(nn.Module):
         if output is None:  # the forward raised
             return None
         self.trace = [call.trace() for call in forward.calls]
-        self.last_forward = forward if self.watched else None
+        self.last_forward = forward if self.watched or self.remembers else None
         if self.meter is not None:
             self.meter(self)
         states = getattr(output, "hidden_states", None)

@@ -1,0 +1,73 @@
+"""Two methods in one run under one budget, which shares itself out between tokens and weights."""
+
+from dataclasses import dataclass
+
+from ..budget import Budget
+from ..errors import ConfigError
+from .gated import BudgetedGates, GatedMethod, plain_settings
+from .structured import StructuredObjective, StructuredPruning, WeightGates
+from .top import TokenBins, ToP
+
+
+@dataclass(frozen=True)
+class Compose(GatedMethod):
+    """Prune weights and tokens at once. Nobody has to say how much comes from which: the gates of both are held to one budget
+    and start in the order of what each is worth per MAC.
+
+    Args:
+        weights: a `StructuredPruning`; only its `parts` and `layer_weight` count.
+        tokens: a `ToP`; only its `sites`, `rank_bins`, `rank_topk` and `rank_weight` count.
+        target_macs, teacher, distill_weight, constraint, gate_lr, schedule: of the run, as for `ToP`.
+
+    Raises:
+        ConfigError: a setting is out of range, or one of the run was given to `weights` or `tokens`.
+
+    Example:
+        >>> method = Compose(StructuredPruning(), ToP(rank_bins=20), target_macs=0.25)
+        >>> method.tokens.rank_bins
+        20
+    """
+
+    cuts_weights = True
+
+    weights: StructuredPruning
+    tokens: ToP
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, kind in (("weights", StructuredPruning), ("tokens", ToP)):
+            method = getattr(self, name)
+            if not isinstance(method, kind):
+                raise ConfigError(f"Compose({name}={method!r}): give a {kind.__name__} there.")
+            plain = kind()
+            shared = [field for field in (*GatedMethod.__dataclass_fields__, "target_params") if hasattr(plain, field)]
+            given = [field for field in shared if getattr(method, field) != getattr(plain, field)]
+            if given:
+                raise ConfigError(f"{kind.__name__}({given[0]}=...) inside of Compose has no effect: give it to Compose.")
+
+    def settings(self):
+        """The settings as plain values, for `config.token_pruning`."""
+        parts = {name: getattr(self, name).settings() for name in ("weights", "tokens")}
+        return {**plain_settings(self, "compose"), **parts}
+
+    def attach(self, model):
+        """Pack the model, and put gates on its weights and on ranks of its tokens.
+
+        Returns:
+            The `Objective` that trains them.
+
+        Raises:
+            UnsupportedModelError, ConfigError: as those of the two methods.
+        """
+        self.need_target()
+        self.weights.prepare(model, self.settings())
+        sites = self.tokens.place(model, self.settings(), None)
+        projected = self.constraint == "projected"
+        weights = WeightGates(model, self.weights.layout(model))
+        bins = TokenBins(model, sites, self.tokens.rank_bins, in_order=projected)
+        gates = BudgetedGates(
+            model, [weights, bins], Budget(model),
+            target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=True,
+        )  # fmt: skip
+        helpers = [*self.weights.helpers(model, gates), *self.tokens.helpers(model, sites)]
+        return StructuredObjective(model, self, gates, helpers=helpers)

@@ -1,0 +1,288 @@
+"""Infor-Coef: cut weights, then a token sampler before every layer (Tan 2023, arXiv 2305.12458)."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import logging
+
+from ..budget import Budget
+from ..cost import layer_shapes, trace_macs
+from ..errors import ConfigError
+from ..gates import sample_straight_through
+from ..losses import information_norm, negative_entropy
+from ..modeling.modeling_token_pruned import attach, is_token_pruned
+from ..modeling.selection import Skim, most_important
+from ..schedule import Schedule, ramp
+from .gated import BudgetedGates, GatedMethod, check_schedule, is_number, plain_settings
+from .structured import StructuredObjective, StructuredPruning, WeightGates
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InforCoef(GatedMethod):
+    """Cut weights out, then learn samplers that look at each token before each layer and drop it or not.
+
+    Static stage: `StructuredPruning` down to `static_macs`, in the schedule's static phase; at its end the weights are cut.
+    Dynamic stage: before each layer a small network says from a token's hidden state whether it stays; sampled by Gumbel-softmax
+    with a straight-through gradient in training, the more probable at inference. A dropped token stays dropped; padding is never
+    seen, the first token never dropped. The loss gets `norm_weight` times the mean over layers of the norm of (hidden
+    state x keep probability), the paper's bound of the information that passes, and `entropy_weight` times the mean negative
+    entropy of the keep probability.
+
+    The paper has no budget for the tokens: what is saved is what the coefficients happen to give. Here `target_macs` may be
+    asked for. The logit of keeping then gets one offset, solved for in each step such that what would be kept at inference
+    spends the target, which tightens linearly over four fifths of the annealing; while settling it follows slowly.
+
+    Args:
+        target_macs: MACs to spend on the real tokens, as a share of the dense model's, weights and tokens together; None = what
+            the coefficients give.
+        static_macs: the same after the static stage; None = weights stay as they are, for a model that was cut already.
+        norm_weight: weight of the norm term. The norm is divided by the root of the hidden size, so that the term is about the
+            share of tokens kept.
+        entropy_weight: weight of the entropy term.
+        width: units of a sampler's network.
+        parts, layer_weight: of the static stage, as for `StructuredPruning`.
+        teacher, distill_weight, constraint, gate_lr: as for `ToP`.
+        schedule: by default `Schedule(dense=1, static=1.5, anneal=1.5, settle=1)`, without static phase if there is no `static_macs`.
+
+    Raises:
+        ConfigError: a setting is out of range.
+
+    Example:
+        >>> InforCoef(static_macs=0.5, target_macs=0.25).schedule.static
+        1.5
+    """
+
+    static_macs: float | None = 0.4
+    norm_weight: float = 0.1
+    entropy_weight: float = 0.01
+    width: int = 16
+    parts: tuple[str, ...] | None = None
+    layer_weight: float = 1.0
+    schedule: Schedule | None = None
+
+    def __post_init__(self):
+        if self.schedule is None:
+            static = 0.0 if self.static_macs is None else 1.5
+            object.__setattr__(self, "schedule", Schedule(dense=1.0, static=static, anneal=1.5, settle=1.0))
+        super().__post_init__()
+        if self.static_macs is not None and (not is_number(self.static_macs) or not 0 < self.static_macs < 1):
+            self.refuse("static_macs", "a share of the dense model's MACs, above 0 and below 1, or None")
+        if self.static_macs is not None and self.target_macs is not None and self.target_macs >= self.static_macs:
+            self.refuse("target_macs", f"less than static_macs={self.static_macs}, of which the tokens are to save some")
+        if bool(self.schedule.static) != (self.static_macs is not None):
+            self.refuse("schedule", "a static phase belongs to static_macs: give both or neither")
+        self.check_weights("norm_weight", "entropy_weight", "layer_weight")
+        if type(self.width) is not int or not 1 <= self.width <= 10_000:
+            self.refuse("width", "a whole number from 1 to 10000")
+        self._static()
+
+    @property
+    def cuts_weights(self):
+        """Does a run have a static stage?"""
+        return self.static_macs is not None
+
+    def check_schedule(self):
+        check_schedule(self, static=True)
+
+    def _static(self):
+        return StructuredPruning(target_macs=self.static_macs or 0.5, parts=self.parts, layer_weight=self.layer_weight)
+
+    def settings(self):
+        """The settings as plain values, for `config.token_pruning`."""
+        return plain_settings(self, "infor_coef")
+
+    def attach(self, model):
+        """Pack the model, put a sampler before every layer, and gates on its weights.
+
+        Returns:
+            The `Objective` that trains them.
+
+        Raises:
+            UnsupportedModelError: the weights of this family cannot be cut.
+            ConfigError: the model drops tokens already by other selectors.
+        """
+        old = dict(model.token_pruner.sites.items()) if is_token_pruned(model) else {}
+        if not all(isinstance(selector, Skim) for selector in old.values()):
+            raise ConfigError("This model drops tokens already. InforCoef starts from one that does not, or from its own.")
+        static = self._static()
+        if not old:
+            static.prepare(model, self.settings())
+        pruner = model.token_pruner
+        samplers = {layer: old.get(str(layer)) or Skim(pruner.hidden_size, self.width) for layer in range(pruner.layer_count)}
+        attach(model, samplers, pruner.protected_ids, method=self.settings())
+        weights = [] if self.static_macs is None else [WeightGates(model, static.layout(model))]
+        gates = BudgetedGates(
+            model, weights, Budget(model, sites=[]),
+            target=self.static_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=bool(weights),
+        )  # fmt: skip
+        return InforCoefObjective(model, self, gates, helpers=static.helpers(model, gates) if weights else [])
+
+
+class SoftSkim:
+    """A sampler in training: weights of 0 and 1, with the gradient of the keep probability. Remembers what it saw."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+        self.states = self.logits = self.batch = self.protected = self.alive = None
+
+    def __call__(self, states, batch, protected):
+        self.states, self.batch, self.protected = states, batch, protected
+        self.alive = torch.ones_like(protected) if batch.weights is None else batch.weights.detach() > 0
+        self.logits = self.sampler.logits(states)
+        guarded = protected | most_important((self.logits[:, 1] - self.logits[:, 0]).detach(), batch, protected)
+        sample = sample_straight_through(self.logits)
+        return torch.where(guarded, torch.ones_like(sample), sample)
+
+    @property
+    def margin(self):
+        """`(T,)` by how much keeping wins, without the offset; infinite for protected tokens."""
+        margin = (self.logits[:, 1] - self.logits[:, 0]).detach() - self.sampler.offset_value()
+        return margin.masked_fill(self.protected, float("inf"))
+
+
+class InforCoefObjective(StructuredObjective):
+    """See `InforCoef`."""
+
+    def __init__(self, model, config, gates, helpers):
+        super().__init__(model, config, gates, helpers=helpers, phase="static")
+        self.looks = {}
+
+    def samplers(self):
+        """The samplers by layer."""
+        return {int(layer): sampler for layer, sampler in self.pruner.sites.items()}
+
+    def parameters(self):
+        samplers = (parameter for sampler in self.pruner.sites.values() for parameter in sampler.parameters())
+        return [*self.pruner.training_state.parameters(), *samplers]
+
+    def start_run(self, learning_rate, steps):
+        super().start_run(learning_rate, steps)
+        self._set_offset(float("inf"))
+
+    def _set_offset(self, value):
+        for sampler in self.samplers().values():
+            sampler.offset.fill_(value)
+
+    def target(self):
+        if self.moment.phase == "dense":
+            return 1.0
+        if self.moment.phase == "static":
+            return super().target()
+        final = self.config.target_macs
+        if final is None:
+            return None
+        progress = self.moment.progress if self.moment.phase == "anneal" else 1.0
+        return max(ramp(progress, self.config.static_macs or 1.0, final, warm=0.8), final)
+
+    def state(self):
+        return {name: value for name, value in super().state().items() if value is not None}
+
+    def open_gates(self):
+        super().open_gates()
+        self.looks = {}
+        if self.moment.phase == "anneal":
+            samplers = self.samplers()
+            if next(iter(samplers.values())).idle:
+                self._set_offset(0.0)
+            self.looks = {layer: SoftSkim(sampler) for layer, sampler in samplers.items()}
+            self.pruner.soft = dict(self.looks)
+
+    def close_gates(self):
+        super().close_gates()
+        self.looks, self.pruner.soft = {}, {}
+
+    def losses(self, model, kwargs):
+        terms = super().losses(model, kwargs)
+        if self.moment.phase == "settle" and self.config.target_macs is not None:
+            self._hold_budget()
+        if not self.looks:
+            return terms
+        norms, entropies = [], []
+        for look in self.looks.values():
+            free = look.alive & ~look.protected
+            keep = torch.sigmoid(look.logits[free, 1] - look.logits[free, 0])
+            norms.append(information_norm(look.states[free], keep))
+            entropies.append(negative_entropy(keep))
+        terms["information_norm"] = self.config.norm_weight * torch.stack(norms).mean()
+        terms["negative_entropy"] = self.config.entropy_weight * torch.stack(entropies).mean()
+        if self.config.target_macs is not None:
+            self._meet_budget()
+        return terms
+
+    FORGETS = 0.2  # how much of the offset is that of the latest batch
+    HOLDS = 0.5  # log-odds by which the offset moves while settling, per share of MACs spent too much or too little
+
+    def _meet_budget(self):
+        """Move the offset towards the one at which this batch would spend the target at inference."""
+        cost = SamplingCost(self.model, self.gates.budget.dense_shapes, self.looks)
+        solved = cost.offset_for(self.target())
+        now = next(iter(self.samplers().values())).offset_value()
+        self._set_offset(now + self.FORGETS * (solved - now))
+        self.note("macs_expected", cost.share(now))
+
+    def _hold_budget(self):
+        """While settling the weights go on moving, and with them what the samplers see: the offset follows, slowly."""
+        lengths = self.pruner.trace[0].arrived
+        dense = sum(shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in self.gates.budget.dense_shapes)
+        spent = sum(trace_macs(self.model)) / dense
+        now = next(iter(self.samplers().values())).offset_value()
+        self._set_offset(now - self.HOLDS * (spent - self.config.target_macs))
+
+    def harden(self):
+        if self.moment.phase in ("dense", "static"):
+            if self.gates.parts:
+                super().harden()
+            self._set_offset(float("inf"))
+
+    def end_phase(self, phase, optimizer):
+        if phase == "static" and self.pruner.structure is not None:
+            self.gates.progress = 1.0
+            self.gates.harden(gated=True)
+            super().end_phase(phase, optimizer)
+
+
+class SamplingCost:
+    """What the samplers would spend at inference on a batch, as a function of their offset.
+
+    Args:
+        model: the model.
+        dense_shapes: the `LayerShape`s of the dense model.
+        looks: by layer, what its sampler saw of the batch: a `SoftSkim`, every token still there.
+    """
+
+    FARTHEST = 30.0  # log-odds; nobody's logits are that far apart
+
+    def __init__(self, model, dense_shapes, looks):
+        first = next(iter(looks.values()))
+        self.model, self.shapes = model, layer_shapes(model)
+        self.margins = torch.stack([looks[layer].margin for layer in sorted(looks)])
+        self.sequence, self.count = first.batch.sequence_ids, len(first.batch.lengths)
+        lengths = first.batch.lengths
+        self.dense = sum(shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in dense_shapes)
+
+    def share(self, offset):
+        """The share of the dense model's MACs on this batch that is spent with an offset."""
+        alive = (self.margins + offset > 0).cumprod(0)
+        spent, arrived, pruner = 0, self.margins.shape[1], self.model.token_pruner
+        for layer, shape in enumerate(self.shapes):
+            # A sequence keeps one token at least.
+            counts = torch.bincount(self.sequence, weights=alive[layer].double(), minlength=self.count)
+            pooled = pruner.pooled_head and layer == len(self.shapes) - 1
+            total, squares = counts.sum().item(), (counts.sum() if pooled else (counts * counts).sum()).item()
+            after = self.count if pooled else total
+            spent += shape.before * total + shape.after * after + shape.attention * squares + pruner.macs(layer, arrived)
+            arrived = total
+        return spent / self.dense
+
+    def offset_for(self, target):
+        """The offset at which the target is spent, or the nearest to it: by bisection."""
+        low, high = -self.FARTHEST, self.FARTHEST
+        for _ in range(20):
+            middle = (low + high) / 2
+            if self.share(middle) > target:
+                high = middle
+            else:
+                low = middle
+        return low

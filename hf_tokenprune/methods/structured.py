@@ -1,0 +1,265 @@
+"""Structured pruning: which heads, FFN units, hidden units and blocks are needed (CoFi, Xia et al. 2022, arXiv 2204.00408)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..budget import Budget
+from ..cost import block_shapes
+from ..errors import ConfigError, TrainingError
+from ..gates import log_alpha_for
+from ..losses import layer_distillation
+from ..modeling.architectures import find_encoder
+from ..modeling.modeling_token_pruned import attach, is_token_pruned
+from ..structure import PARTS, Layout, StructureGates
+from ..surgery import operate
+from .gated import BudgetedGates, GatedMethod, GatedObjective, Part, is_number, plain_settings
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredPruning(GatedMethod):
+    """Learn which weights to cut out, for a given share of the dense model's MACs or parameters; then cut them out.
+
+    Hard-concrete gates stand on hidden units, attention heads, FFN units, and whole attention and FFN blocks (CoFi, section
+    3.1). Their expected cost is held to a target that tightens linearly; "projected" and "lagrangian" are explained at
+    `ToP`, and for weights "projected" also measures first what each part is worth (see `methods.gated.BudgetedGates`). The
+    teacher's logits are distilled, and its layers' hidden states into whichever layers of the student are nearest (section
+    3.2). At the end of the annealing the weights are cut: smaller matrices, blocks and layers gone. The rest of the run
+    trains the small model.
+
+    Until then a checkpoint holds all weights; its evaluation during training is that of the model as it would be cut.
+
+    Args:
+        target_macs: MACs to spend on the real tokens, as a share of the dense model's.
+        target_params: weights of the layers to keep, as a share of the dense model's; embeddings and heads are not counted. Give
+            one of the two.
+        parts: what may be cut, of "hidden", "heads", "units" and "blocks"; None = all that the family allows.
+        layer_weight: weight of the layer-wise distillation.
+        teacher, distill_weight, constraint, gate_lr, schedule: as for `ToP`.
+
+    Raises:
+        ConfigError: a setting is out of range.
+
+    Example:
+        >>> StructuredPruning(target_macs=0.4, parts=("heads", "units")).layer_weight
+        1.0
+    """
+
+    cuts_weights = True
+
+    target_params: float | None = None
+    parts: tuple[str, ...] | None = None
+    layer_weight: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target_params is not None:
+            if not is_number(self.target_params) or not 0 < self.target_params < 1:
+                self.refuse("target_params", "a share of the dense model's weights, above 0 and below 1")
+            if self.target_macs is not None:
+                self.refuse("target_params", "give target_macs or target_params, not both")
+        if self.parts is not None and (
+            not isinstance(self.parts, (tuple, list)) or not self.parts or not all(part in PARTS for part in self.parts)
+        ):
+            self.refuse("parts", f"some of {', '.join(PARTS)}, or None")
+        self.check_weights("layer_weight")
+
+    def settings(self):
+        """The settings as plain values, for `config.token_pruning`."""
+        return plain_settings(self, "structured")
+
+    def attach(self, model):
+        """Pack the model and put gates on its weights.
+
+        Returns:
+            The `Objective` that trains them.
+
+        Raises:
+            UnsupportedModelError: the family's weights cannot be cut, or not in all `parts`.
+            ConfigError: no budget, one that cannot be reached, or a model that drops tokens already.
+        """
+        if self.target_params is None:
+            self.need_target()
+        self.prepare(model)
+        weights = WeightGates(model, self.layout(model))
+        gates = BudgetedGates(
+            model, [weights], Budget(model),
+            target=self.target_macs or self.target_params, constraint=self.constraint, gate_lr=self.gate_lr,
+            measured=True, cost="macs" if self.target_params is None else "params",
+        )  # fmt: skip
+        return StructuredObjective(model, self, gates, helpers=self.helpers(model, gates))
+
+    def prepare(self, model, settings=None):
+        """Pack a model that drops no tokens yet."""
+        if is_token_pruned(model) and len(model.token_pruner.sites):
+            raise ConfigError(
+                "This model drops tokens already. Cut its weights first, or both at once: "
+                "Compose(StructuredPruning(...), ToP(...), target_macs=...)."
+            )
+        protected = model.token_pruner.protected_ids if is_token_pruned(model) else []
+        attach(model, protected_token_ids=protected, method=settings or self.settings())
+
+    def layout(self, model):
+        """Which gates there are."""
+        family, _ = find_encoder(model)
+        parts = self.parts or [part for part in PARTS if part != "hidden" or family.hidden]
+        return Layout(model, parts)
+
+    def helpers(self, model, gates):
+        """The layer-wise distillation, if it has any weight."""
+        return [LayerDistillation(model, gates.state, self.layer_weight)] if self.layer_weight > 0 else []
+
+
+class WeightGates(Part):
+    """Gates on weights.
+
+    Args:
+        model: the model, packed.
+        layout: which gates there are.
+    """
+
+    OPEN = 0.97  # probability with which a gate starts open
+
+    def __init__(self, model, layout):
+        self.pruner, self.layout = model.token_pruner, layout
+        self.size = layout.size
+        self.blocks = block_shapes(model)
+        self.pruner.structure = StructureGates(model, layout)
+
+    def start(self):
+        return torch.full((self.size,), log_alpha_for(self.OPEN))
+
+    def expect(self, scores, outlook):
+        layout = self.layout
+        hidden = layout.share(scores, "hidden")
+        outlook.shapes = []
+        for layer, block in enumerate(self.blocks):
+            attention = layout.share(scores, ("attention", layer))
+            heads = attention * layout.share(scores, ("heads", layer))
+            units = layout.share(scores, ("ffn", layer)) * layout.share(scores, ("units", layer))
+            outlook.shapes.append(block.scaled(hidden, heads, units))
+            outlook.alive[layer] = attention
+
+    def open(self, gates, alive):
+        if self.pruner.structure is None:
+            return {}
+        self.pruner.structure.soft = gates
+        return {layer: self.layout.share(gates, ("attention", layer)) for layer in range(len(self.blocks))}
+
+    def close(self):
+        if self.pruner.structure is not None:
+            self.pruner.structure.soft = None
+
+    def harden(self, kept, alive):
+        if self.pruner.structure is None:
+            return {}
+        self.pruner.structure.hard = hard = self.whole(kept.float()).to(self.pruner.training_state.start.device)
+        return {layer: self.layout.share(hard, ("attention", layer)) > 0 for layer in range(len(self.blocks))}
+
+    def whole(self, kept):
+        """What is kept, made whole: a block without a single head or unit is gone, one that cannot go keeps one; hidden units do
+        too."""
+        kept = kept.clone()
+        for (part, block), counts in {("heads", "attention"): self.layout.heads, ("units", "ffn"): self.layout.units}.items():
+            for layer in range(len(counts)):
+                if (part, layer) not in self.layout.parts or self.layout.of(kept, (part, layer)).any():
+                    continue
+                if (block, layer) in self.layout.parts:
+                    kept[self.layout.parts[block, layer]] = 0.0
+                else:
+                    kept[self.layout.parts[part, layer].start] = 1.0
+        for name in self.layout.parts:
+            if name == "hidden" and not self.layout.of(kept, "hidden").any():
+                kept[self.layout.parts["hidden"].start] = 1.0
+        return kept
+
+
+class LayerDistillation:
+    """Pulls the student's hidden states, through a learned matrix, towards those of the teacher's layers: each towards the nearest
+    of the student's layers that still has an FFN (CoFi's version of the match)."""
+
+    def __init__(self, model, state, weight):
+        self.weight = weight
+        width = model.token_pruner.hidden_size
+        state.transform = nn.Parameter(torch.eye(width, device=model.device))
+        self.state = state
+
+    def prepare(self, objective):
+        if objective.teacher is not None:
+            objective.pruner.remembers = objective.teacher.token_pruner.remembers = True
+
+    def losses(self, objective):
+        if objective.taught is None:
+            return {}
+        if objective.teacher.token_pruner.hidden_size != self.state.transform.shape[0]:
+            raise TrainingError(
+                f"The teacher has {objective.teacher.token_pruner.hidden_size} hidden units, the model had "
+                f"{self.state.transform.shape[0]}, so layers cannot be distilled. Say layer_weight=0."
+            )
+        taught = [(call.survivors, call.left[0]) for call in objective.teacher.token_pruner.last_forward.calls]
+        learned = [(call.survivors, call.left[0]) for call in objective.pruner.last_forward.calls]
+        # Only tokens that all layers of both have: a pooled last layer has the first one of each text alone.
+        common = taught[0][0].index.new_zeros(learned[0][0].batch_size * learned[0][0].seq_len)
+        for batch, _ in (*taught, *learned):
+            common[batch.index] += 1
+        common = common == len(taught) + len(learned)
+        teacher = [_rows(batch, states, common) for batch, states in taught]
+        student = [_rows(batch, states, common) @ self.state.transform.T.to(states.dtype) for batch, states in learned]
+        loss, _ = layer_distillation(student, teacher, self._alive(objective))
+        return {"layer_distillation": self.weight * loss}
+
+    def _alive(self, objective):
+        structure, count = objective.pruner.structure, objective.pruner.layer_count
+        if structure is None or structure.hard is None:
+            return [True] * count
+        return [bool(structure.layout.share(structure.hard, ("ffn", layer))) for layer in range(count)]
+
+
+def _rows(batch, states, common):
+    """The states of the common tokens, in one order for all batches."""
+    rows = common[batch.index].nonzero().squeeze(1)
+    order = batch.index[rows].argsort()
+    return states[rows[order]].float()
+
+
+class StructuredObjective(GatedObjective):
+    """See `StructuredPruning`."""
+
+    def start_run(self, learning_rate, steps):
+        super().start_run(learning_rate, steps)
+        transform = getattr(self.gates.state, "transform", None)
+        if transform is not None:
+            with torch.no_grad():
+                transform.copy_(torch.eye(len(transform)))
+
+    @property
+    def cost(self):
+        return self.gates.cost
+
+    def end_phase(self, phase, optimizer):
+        if phase != self.gated_phase or self.pruner.structure is None:
+            return
+        structure = self.pruner.structure
+        hidden, heads, units = structure.layout.left(structure.hard)
+        self.close_gates()
+        cut_weights(self, optimizer, hidden=hidden, heads=heads, units=units)
+
+    def tell_out_of_reach(self, spent):
+        logger.warning(
+            f"The budget cannot be reached: with all gates closed, {spent:.3f} of the dense model's {self.cost} are spent."
+        )
+
+
+def cut_weights(objective, optimizer, *, hidden, heads, units):
+    """Cut the model of an objective, and what the objective keeps beside it, down to the parts that are left."""
+    model, state = objective.model, objective.gates.state
+    if optimizer is not None:
+        for parameter in model.parameters():
+            parameter.grad = None
+    operate(model, hidden=hidden, heads=heads, units=units, optimizer=optimizer)
+    counts = [model.token_pruner.hidden_size, *map(len, heads), *map(len, units)]
+    state.sizes.copy_(state.sizes.new_tensor(counts))

@@ -1,0 +1,47 @@
+"""Surgery: what gates have switched off is cut out of the weights, in the middle of a training run if need be."""
+
+import torch
+
+from .modeling.modeling_token_pruned import resize
+
+
+def operate(model, *, heads, units, hidden=None, optimizer=None):
+    """Cut a packed model down to some of its weights, and the optimizer's state along with them.
+
+    The parameters that are left stay the same objects. Their moments in the optimizer are cut like themselves; parameters of what
+    is gone leave the optimizer.
+
+    Args:
+        model: a packed or token-pruned model.
+        heads, units: for each layer, the numbers of the heads and of the FFN units that stay; none of them = the block goes.
+        hidden: the numbers of the hidden units that stay; None = all.
+        optimizer: a torch optimizer, or accelerate's around one; None if there is none.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as `modeling.shapes.cut`.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from hf_tokenprune import pack
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+        >>> model = pack(BertModel(config))
+        >>> _ = operate(model, heads=[[0, 3], []], units=[range(10), range(48)])
+        >>> model.config.token_pruning["shapes"]["layers"]
+        [{'layer': 0, 'heads': 2, 'units': 10}, {'layer': 1, 'heads': 0, 'units': 48}]
+    """
+    state = {} if optimizer is None else optimizer.state
+
+    def cut_moments(parameter, dim, index):
+        for name, value in state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[parameter][name] = value.index_select(dim, index.to(value.device))
+
+    before = set(model.parameters())
+    resize(model, heads=heads, units=units, hidden=hidden, on_cut=cut_moments)
+    gone = before - set(model.parameters())
+    if optimizer is not None and gone:
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
+        for parameter in gone:
+            state.pop(parameter, None)
+    return model
