@@ -6,6 +6,9 @@ Four contenders, made from one set of weights, take turns on the same texts in o
 * `hf_sorted`: the same, the texts sorted by length before they are put into batches;
 * `packed_dense`: packed, without sites: no work on padding, nothing dropped;
 * `pruned`: the model as it is.
+
+Of a model whose weights were cut the first three are as large as what it was cut from, with random weights: these do not
+change the time.
 """
 
 import copy
@@ -28,6 +31,7 @@ from .errors import ConfigError, TokenPruneError, UnsupportedModelError
 from .loading import from_pretrained
 from .modeling.architectures import find_encoder
 from .modeling.modeling_token_pruned import detach, is_token_pruned, pack
+from .modeling.shapes import dense_config, shape_map
 
 CONTENDERS = ("hf_padded", "hf_sorted", "packed_dense", "pruned")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -73,7 +77,8 @@ def bench(
         * `reduction`: `true_length` = `dense`, and `padded` = `dense_padded`, divided by the MACs of the model as it is;
         * `tokens_per_layer`: mean tokens per text that leave each layer.
 
-        A model without sites is not measured as `pruned`: that is None, and the reductions are those of `packed_dense`.
+        A model that drops no tokens and was never cut is not measured as `pruned`: that is None, and the reductions are those of
+        `packed_dense`.
 
     Raises:
         ConfigError: an argument makes no sense, or the folder lacks the model or the tokenizer.
@@ -117,6 +122,7 @@ def bench(
         "class": type(model).__name__,
         "layers": len(results[0]["tokens_per_layer"]),
         "parameters": sum(p.numel() for p in models["hf_padded"].parameters()),
+        "parameters_left": sum(p.numel() for name, p in model.named_parameters() if not name.startswith("token_pruner.training_")),
         "texts": len(texts),
         "tokens_per_text": statistics.fmean(len(feature["input_ids"]) for feature in features),
         "max_length": max_length,
@@ -263,11 +269,18 @@ def _copy(model, *, share_weights=False):
 
 def _contenders(model):
     """The models by name, all on the same weights."""
-    dense = detach(_copy(model, share_weights=True))
+    was_cut = shape_map(model) is not None
+    if was_cut:
+        dense_class = getattr(type(model), "_dense_class", type(model))
+        config = dense_config(model)
+        config.token_pruning = None
+        dense = dense_class._from_config(config, attn_implementation="sdpa", dtype=model.dtype).to(model.device).eval()
+    else:
+        dense = detach(_copy(model, share_weights=True))
     if dense.config._attn_implementation != "sdpa":
         dense.set_attn_implementation("sdpa")
     models = {"hf_padded": dense, "hf_sorted": dense, "packed_dense": pack(_copy(dense, share_weights=True))}
-    if is_token_pruned(model) and len(model.token_pruner.sites):
+    if was_cut or (is_token_pruned(model) and len(model.token_pruner.sites)):
         models["pruned"] = model
     return models
 

@@ -20,7 +20,9 @@ Measure a model on this machine, on real text. Four contenders, made from the sa
   hf_padded     the unmodified transformers model (SDPA), each batch padded to its longest text
   hf_sorted     the same, texts sorted by length before they are put into batches
   packed_dense  packed by this package, nothing dropped; the baseline that pruning has to beat
-  pruned        the model as it was saved (not for a model that drops no tokens)
+  pruned        the model as it was saved (not for a model that drops no tokens and was never cut)
+
+Of a model whose weights were cut the first three are as large as what it was cut from.
 
 Times are milliseconds per text, tokenisation aside, and medians of the repeats."""
 EXAMPLES = """\

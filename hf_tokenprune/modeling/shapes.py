@@ -276,9 +276,8 @@ def _refresh(module):
         module.out_channels = module.weight.shape[0]
 
 
-def skeleton(model, **sizes):
-    """A model of the same dense class and config on the meta device, with other sizes in the encoder's config."""
-    dense_class = getattr(type(model), "_dense_class", type(model))
+def _resized_config(model, **sizes):
+    """A copy of a model's config with other sizes in the encoder's part of it."""
     _, encoder = find_encoder(model, check=False)
     config = copy.deepcopy(model.config)
     own = config  # the encoder's part of the config, where that has parts
@@ -287,8 +286,14 @@ def skeleton(model, **sizes):
     config._attn_implementation_internal = own._attn_implementation_internal = "eager"
     for name, value in sizes.items():
         setattr(own, name, value)
+    return config
+
+
+def skeleton(model, **sizes):
+    """A model of the same dense class and config on the meta device, with other sizes in the encoder's config."""
+    dense_class = getattr(type(model), "_dense_class", type(model))
     with torch.device("meta"):
-        return dense_class(config)
+        return dense_class(_resized_config(model, **sizes))
 
 
 def hidden_dims(model):
@@ -396,7 +401,14 @@ def adopt_plain_config(model):
     return True
 
 
+def dense_config(model):
+    """The config of the model that a cut model was cut from."""
+    _, encoder = find_encoder(model, check=False)
+    return _resized_config(model, **getattr(encoder, "_cut", {"dense": {}})["dense"])
+
+
 def dense_skeleton(model):
     """What a cut model was cut from, on the meta device: same class, original sizes."""
-    _, encoder = find_encoder(model, check=False)
-    return skeleton(model, **getattr(encoder, "_cut", {"dense": {}})["dense"])
+    dense_class = getattr(type(model), "_dense_class", type(model))
+    with torch.device("meta"):
+        return dense_class(dense_config(model))
