@@ -3,10 +3,11 @@
     python examples/speed.py --output results/speed.json
 
 Models of two shapes with random weights (time does not depend on them) read documentation texts (see `docstrings.py`) in batches of
-32, unsorted, and one by one. Three questions:
+32, unsorted, and one by one. Four questions:
 
 * packing: how much faster than the unmodified model on the padded batch, against padded tokens / real tokens?
 * dropping: how much faster than the packed dense model, against the MACs saved?
+* cutting 60 % of the layers' weights: the same; and against the unmodified model, one text at a time?
 * a ToP training step in the anneal phase, with and without a teacher, against a step of the dense phase.
 """
 
@@ -26,6 +27,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 import hf_tokenprune as tp
 from hf_tokenprune.bench import bench
 from hf_tokenprune.schedule import Moment
+from hf_tokenprune.surgery import operate
 from hf_tokenprune.teacher import dense_copy
 
 SHAPES = {
@@ -33,6 +35,7 @@ SHAPES = {
     "12x768": {},
 }
 KEEPS = {"6x384": {1: 0.6, 2: 0.5, 3: 0.5, 4: 0.5}, "12x768": {2: 0.7, 4: 0.6, 6: 0.5, 8: 0.5}}
+CUTS = {"6x384": {"hidden": 304, "heads": 6, "units": 768}, "12x768": {"hidden": 608, "heads": 6, "units": 1536}}
 HEADS = {"sequence": BertForSequenceClassification, "token": BertForTokenClassification}
 
 
@@ -54,10 +57,13 @@ def main():
         "real_tokens": sum(lengths),
         "padded_tokens": padded,
         "inference": [],
+        "cutting": [],
         "training": [],
     }
     for shape, head in tqdm([(shape, head) for shape in args.shapes for head in HEADS], desc="inference"):
         report["inference"].append(inference(shape, head, tokenizer, texts, padded / sum(lengths), args))
+    for shape in tqdm(args.shapes, desc="cutting"):
+        report["cutting"].append(cutting(shape, tokenizer, texts, args))
     report["training"] = [training_step(args.shapes[0], tokenizer, texts[:32], args)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1))
@@ -85,6 +91,25 @@ def inference(shape, head, tokenizer, texts, padded_over_real, args):
     }
 
 
+def cutting(shape, tokenizer, texts, args):
+    """Times of a model of one shape with 60 % of its layers' weights cut out."""
+    model = tp.pack(BertForSequenceClassification(BertConfig(**SHAPES[shape], num_labels=7)).eval())
+    left, layers = CUTS[shape], model.config.num_hidden_layers
+    operate(model, hidden=range(left["hidden"]), heads=[range(left["heads"])] * layers, units=[range(left["units"])] * layers)
+    result = bench(model, texts, tokenizer=tokenizer, batch_sizes=(1, 32), max_length=args.max_length, repeats=args.repeats)
+    one, many = result["results"]
+    saved = many["macs"]["packed_dense"] / many["macs"]["pruned"]
+    return {
+        "shape": shape,
+        "macs_saved_by_cutting": saved,
+        "cutting_speedup": many["ms"]["packed_dense"] / many["ms"]["pruned"],
+        "cutting_over_ideal": many["ms"]["packed_dense"] / many["ms"]["pruned"] / saved,
+        "batch_1_over_packed": one["ms"]["packed_dense"] / one["ms"]["pruned"],
+        "batch_1_over_hf": one["ms"]["hf_padded"] / one["ms"]["pruned"],
+        "bench": result,
+    }
+
+
 def training_step(shape, tokenizer, texts, args):
     """Times of a step of the dense phase and of the anneal phase, mean over the phase, with and without a teacher."""
     batch = tokenizer(texts, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
@@ -94,7 +119,7 @@ def training_step(shape, tokenizer, texts, args):
     for name in ("dense", "anneal", "anneal, teacher"):
         model = BertForSequenceClassification(dense.config)
         objective = tp.ToP(target_macs=0.4).attach(model)
-        objective.start_run(1e-4, 100)
+        objective.start_run(1e-4, {"anneal": 100})
         objective.teacher = dense_copy(dense) if "teacher" in name else None
         steps[name] = (model.train(), objective, torch.optim.AdamW(model.parameters(), lr=1e-4))
     moments = [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -128,6 +153,12 @@ def show(report):
             f"{row['padded_over_real']:.2f}, so {row['packing_over_ideal']:.2f} of it), dropping {row['dropping_speedup']:.2f} x "
             f"(MACs {row['macs_saved_by_dropping']:.2f}, so {row['dropping_over_ideal']:.2f} of it); "
             f"batch 1: packed takes {row['batch_1_packed_over_hf']:.3f} of HF's time"
+        )
+    for row in report["cutting"]:
+        print(
+            f"{row['shape']:>7} cut: batch 32 {row['cutting_speedup']:.2f} x (MACs {row['macs_saved_by_cutting']:.2f}, so "
+            f"{row['cutting_over_ideal']:.2f} of it), batch 1 {row['batch_1_over_packed']:.2f} x packed, "
+            f"{row['batch_1_over_hf']:.2f} x HF"
         )
     for row in report["training"]:
         print(

@@ -113,7 +113,7 @@ class StructureGates:
         self._install(model)
 
     def __getstate__(self):
-        return {**self.__dict__, "soft": None, "inputs": {}, "handles": []}
+        return {**self.__dict__, "soft": None, "inputs": {}}
 
     def remove(self):
         """Take all hooks away."""

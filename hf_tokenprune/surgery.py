@@ -8,8 +8,8 @@ from .modeling.modeling_token_pruned import resize
 def operate(model, *, heads, units, hidden=None, optimizer=None):
     """Cut a packed model down to some of its weights, and the optimizer's state along with them.
 
-    The parameters that are left stay the same objects. Their moments in the optimizer are cut like themselves; parameters of what
-    is gone leave the optimizer.
+    The parameters that are left stay the same objects. Their moments in the optimizer are cut like themselves, or begin anew where
+    the optimizer keeps them in another form (Adafactor); parameters of what is gone leave the optimizer.
 
     Args:
         model: a packed or token-pruned model.
@@ -32,9 +32,13 @@ def operate(model, *, heads, units, hidden=None, optimizer=None):
     state = {} if optimizer is None else optimizer.state
 
     def cut_moments(parameter, dim, index):
-        for name, value in state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                state[parameter][name] = value.index_select(dim, index.to(value.device))
+        values = state.get(parameter, {}).items()
+        moments = {name: value for name, value in values if isinstance(value, torch.Tensor) and value.numel() > 1}
+        if any(value.shape != parameter.shape for value in moments.values()):  # factored or quantised
+            state.pop(parameter)
+            return
+        for name, value in moments.items():
+            state[parameter][name] = value.index_select(dim, index.to(value.device))
 
     before = set(model.parameters())
     resize(model, heads=heads, units=units, hidden=hidden, on_cut=cut_moments)

@@ -129,6 +129,10 @@ class Part:
         """A little to add to the scores where equal ones have an order all the same."""
         return 0.0
 
+    def choose(self, scores, level):
+        """`(scores,)` bool: what is kept if all is to be kept whose score reaches a level."""
+        return scores >= level
+
     def expect(self, scores, outlook):
         """Enter into the outlook what is left if each thing is kept with these probabilities."""
         raise NotImplementedError
@@ -385,7 +389,7 @@ class BudgetedGates:
         lengths, target = self.seen(), self.target()
 
         def kept(level):
-            return [piece >= level for piece in scores]
+            return [part.choose(piece, level) for part, piece in zip(self.parts, scores, strict=True)]
 
         low, high = 0, len(levels)
         while low < high:

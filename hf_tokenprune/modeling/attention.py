@@ -46,15 +46,18 @@ def weighted_softmax(scores, weight):
 
     Args:
         scores: `(..., queries, keys)`.
-        weight: `(..., 1, keys)`, 0 or more, above 0 for at least one key.
+        weight: `(..., 1, keys)`, 0 or more.
 
     Returns:
-        Shares in float32, of the shape of `scores`.
+        Shares in float32, of the shape of `scores`; zeros where a query sees no key that counts.
     """
     scores, weight = scores.float(), weight.float()
-    top = scores.detach().masked_fill(weight == 0, float("-inf")).amax(-1, keepdim=True)
+    nothing = float("-inf")
+    top = scores.detach().masked_fill(weight == 0, nothing).amax(-1, keepdim=True)
+    top = top.masked_fill(top == nothing, 0.0)  # a dropped token in a window of dropped tokens
     counted = (scores - top).clamp(max=10).exp() * weight  # a key of weight 0 may lie far above all others
-    return counted / counted.sum(-1, keepdim=True)
+    total = counted.sum(-1, keepdim=True)
+    return counted / (total + (total == 0))
 
 
 def packed_attention(query, key, value, batch, *, dropout=0.0, scaling=None, window=None, importance=False, first_only=False):

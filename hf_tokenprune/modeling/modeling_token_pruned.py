@@ -41,9 +41,11 @@ class TokenPruningMixin:
         self.post_init()
 
     def _init_weights(self, module):
-        if isinstance(module, Selector):
-            module.reset()
-        else:
+        pruner = getattr(self, "token_pruner", None)
+        for site in () if pruner is None else pruner.sites.values():
+            if any(part is module for part in site.modules()):  # a checkpoint lacks this, or part of it
+                site.reset()
+        if not isinstance(module, Selector):
             super()._init_weights(module)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
@@ -209,7 +211,8 @@ def read_config(config):
                 f"config.token_pruning has a selector of kind {kind!r} at layer {layer}; known: {', '.join(sorted(SELECTORS))}."
             )
         try:
-            SELECTORS[kind](**selector)
+            with torch.device("meta"):  # to check its settings takes no memory
+                SELECTORS[kind](**selector)
         except TypeError as error:
             raise damaged(f"the selector at layer {layer} has the settings {selector!r} ({error})") from None
     if "shapes" in config:
@@ -320,7 +323,10 @@ def detach(model):
     """
     if not is_token_pruned(model):
         return model
-    model.token_pruner.uninstall(model)
+    pruner = model.token_pruner
+    pruner.uninstall(model)
+    if pruner.structure is not None:
+        pruner.structure.remove()
     del model.token_pruner
     model.__class__ = type(model)._dense_class
     if hasattr(model.config, "token_pruning"):  # it may be gone with another model that has the same config object

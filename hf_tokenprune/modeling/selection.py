@@ -235,7 +235,7 @@ class Skim(Selector):
         """`(T,)` bool: which tokens stay, from their hidden states `(T, H)`."""
         if math.isnan(self.offset_value()):
             raise ConfigError(
-                "This checkpoint does not hold its token samplers (a `token_pruner.sites.*.offset` tensor is missing from its "
+                "This checkpoint does not hold its token samplers (a `token_pruner.sites.*` tensor is missing from its "
                 "safetensors file). Load a complete checkpoint."
             )
         logits = self.logits(states)

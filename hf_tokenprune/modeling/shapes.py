@@ -193,6 +193,7 @@ def cut(model, *, heads, units, hidden=None, on_cut=None):
     layers = get_layers(family, encoder)
     if not any(len(a) + len(f) for a, f in zip(heads, units, strict=True)) or (hidden is not None and not len(hidden)):
         raise ConfigError("Nothing would be left of this model: keep at least one head or FFN unit, and one hidden unit.")
+    dims_of = {} if hidden is None else hidden_dims(model)
     if not hasattr(encoder, "_cut"):
         encoder._cut = {"layers": list(range(len(layers))), "dense": {}}
 
@@ -204,11 +205,10 @@ def cut(model, *, heads, units, hidden=None, on_cut=None):
             parameter.data = parameter.data.index_select(dim, index)
             parameter.grad = None
 
-    if hidden is not None:
-        parameters = dict(model.named_parameters())
-        for name, dims in hidden_dims(model).items():
-            for dim, times in dims:
-                select(parameters[name], dim, _spread(hidden, parameters[name].shape[dim] // times, times))
+    parameters = dict(model.named_parameters())
+    for name, dims in dims_of.items():
+        for dim, times in dims:
+            select(parameters[name], dim, _spread(hidden, parameters[name].shape[dim] // times, times))
     for layer, some_heads, some_units in zip(layers, heads, units, strict=True):
         if has_attention(family, layer):
             _cut_heads(family, layer, some_heads, select)
@@ -376,8 +376,11 @@ def adopt_plain_config(model):
     old = encoder.config
     layers = encoder._cut["layers"]
     wanted = {"num_hidden_layers": len(layers), "hidden_size": hidden}
-    wanted["intermediate_size" if hasattr(old, "intermediate_size") else "hidden_dim"] = units[0]
     wanted["num_attention_heads"] = heads[0]
+    for name in ("intermediate_size", "hidden_dim"):  # DINOv2 has neither, but a ratio
+        if hasattr(old, name):
+            wanted[name] = units[0]
+            break
     width = head_size(family, get_layers(family, encoder)[0]) if heads[0] else 0
     if hidden != heads[0] * width:  # some families have a size of their own for this
         wanted["head_dim"] = width
@@ -387,6 +390,7 @@ def adopt_plain_config(model):
     changed = {name: value for name, value in wanted.items() if now[name] != value}
     try:
         twin = skeleton(model, **changed)
+        type(twin.config).from_dict(twin.config.to_dict())  # as a folder is opened
     except Exception:  # a size that the class refuses: each has rules of its own
         return False
     mine = {name: p.shape for name, p in model.named_parameters() if not name.startswith("token_pruner.")}
