@@ -1,0 +1,170 @@
+"""Tables and plots from the JSON files of `run.py`: `python examples/benchmark/report.py`.
+
+Writes a page with a plot per task to model_cards/, and the overview to README.md, between `<!-- table:benchmark -->` and
+`<!-- end -->`.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from files import write_text
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from tables import markdown
+
+NAMES = {"map": "MAP", "mrr": "MRR", "f1": "F1", "exact_match": "exact match", "pearson": "Pearson", "spearman": "Spearman"}
+TITLES = {
+    "mrpc": "MRPC",
+    "stsb": "STS-B",
+    "wikiqa": "WikiQA",
+    "sst2": "SST-2",
+    "20newsgroups": "20 Newsgroups",
+    "squad": "SQuAD v1.1",
+}
+ORDER = ("dense", "topk", "topk-trained", "top", "structured", "structured+top", "infor-coef")
+
+
+def load(folder):
+    """All runs in a folder."""
+    files = sorted(Path(folder).glob("*.json"))
+    return [json.loads(file.read_text()) for file in files if not file.name.startswith("dense-")]
+
+
+def by_task(runs):
+    """`{task: {(method, budget): runs of all seeds}}`, tasks and methods in their usual order."""
+    found = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        found[run["task"]][run["method"], run["budget"]].append(run)
+    place = list(TITLES)
+    tasks = sorted(found, key=lambda name: (place.index(name) if name in place else len(place), name))
+    return {task: dict(sorted(found[task].items(), key=lambda item: (ORDER.index(item[0][0]), -item[0][1]))) for task in tasks}
+
+
+def mean(runs, *path):
+    """The mean over runs of the value at a path of keys."""
+    values = []
+    for value in runs:
+        for key in path:
+            value = value[key]
+        values.append(value)
+    return statistics.fmean(values)
+
+
+def percent(runs, *path):
+    """`82.1`, or `82.1 ± 0.4` (standard deviation) over several seeds."""
+    scores = [100 * mean([run], *path) for run in runs]
+    spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+    return f"{statistics.fmean(scores):.1f}{spread}"
+
+
+def what(run):
+    """The data behind a number, with every limit."""
+    limits = run["limited"]
+    rows = f"{run['rows']:,} of {run['split']}" if limits["report"] else run["split"]
+    trained = f", {limits['train']:,} to train on" if limits["train"] else ""
+    return f"{NAMES.get(run['metric'], run['metric'])}, {rows}{trained}"
+
+
+def overview(runs):
+    """A row per task and budget, a column per method: the score, and the MACs reduction on true lengths that was really reached."""
+    methods = [name for name in ORDER[1:] if any(run["method"] == name for run in runs)]
+    rows = [["task", "dense", "target", *methods]]
+    for task, groups in by_task(runs).items():
+        dense = groups.get(("dense", 1.0))
+        title = f"{TITLES.get(task, task)} ({what(next(iter(groups.values()))[0])})"
+        for budget in sorted({budget for _, budget in groups} - {1.0}, reverse=True):
+            cells = [groups.get((method, budget)) for method in methods]
+            cells = [
+                f"{percent(cell, 'score')} ({mean(cell, 'reduction', 'true_length'):.1f} x)" if cell else "" for cell in cells
+            ]
+            rows.append([title, percent(dense, "score") if dense else "", f"{1 / budget:.1f} x", *cells])
+            title = ""
+    return markdown(rows)
+
+
+def page(task, groups):
+    """Everything about one task, as Markdown."""
+    first = next(iter(groups.values()))[0]
+    others = [name for name in first["scores"] if name != first["metric"]]
+    score = NAMES.get(first["metric"], first["metric"])
+    head = ["method", "target", score, *(NAMES.get(name, name) for name in others)]
+    head += ["reduction, true length", "reduction, padded", "speed-up, batch 1", "speed-up, batch 32", "seeds"]
+    rows = [head]
+    for (method, budget), runs in groups.items():
+        cells = [method, f"{1 / budget:.1f} x", percent(runs, "score"), *(percent(runs, "scores", name) for name in others)]
+        cells += [f"{mean(runs, 'reduction', kind):.2f} x" for kind in ("true_length", "padded")]
+        rows.append([*cells, *(speedup(runs, size) for size in ("1", "32")), str(len(runs))])
+    text = [
+        f"# {TITLES.get(task, task)}",
+        f"{what(first)[0].upper()}{what(first)[1:]}. Texts have {first['tokens']:.0f} tokens on average; the padded reduction counts "
+        f"the dense model on {first['max_length']}. Speed-ups are against the dense model as transformers runs it, with padding.",
+        f"![Score against reduction]({task}.png)",
+        markdown(rows),
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def speedup(runs, size):
+    """How many times faster than the dense model, where that was measured."""
+    times = [run["time"]["ms"][size] for run in runs if run.get("time")]
+    return f"{statistics.fmean(ms['dense'] / ms['pruned'] for ms in times):.2f} x" if times else ""
+
+
+def plot(task, groups, file):
+    """Score against MACs reduction on true lengths: a line per method, the dense score as a horizontal one."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SystemExit('Plots need matplotlib: pip install "hf_tokenprune[plots]"') from None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines = defaultdict(list)
+    for (method, _), runs in groups.items():
+        scores = [100 * run["score"] for run in runs]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        lines[method].append((mean(runs, "reduction", "true_length"), statistics.fmean(scores), spread))
+    for method, points in lines.items():
+        x, y, spread = zip(*sorted(points), strict=True)
+        if method == "dense":
+            axes.axhline(y[0], color="black", linestyle="--", linewidth=1, label="dense")
+        else:
+            axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.5, capsize=3, label=method)
+    first = next(iter(groups.values()))[0]
+    axes.set(title=f"{TITLES.get(task, task)}", xlabel="MACs reduction, true length (x)", ylabel=what(first))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120, metadata={"Software": None})  # the same numbers make the same file
+
+
+def fill(text, runs):
+    """A text with the overview put between its marks, where it has them."""
+    pattern = r"(<!-- table:benchmark -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}{overview(runs)}\n{match[2]}", text, flags=re.S)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results/benchmark"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--cards", type=Path, default=Path("model_cards"))
+    parser.add_argument("--no-plots", action="store_true")
+    args = parser.parse_args(arguments)
+    runs = load(args.results)
+    if not runs:
+        raise SystemExit(f"There are no results in {args.results}; make some with run.py.")
+    write_text(args.readme, fill(args.readme.read_text(), runs))
+    for task, groups in by_task(runs).items():
+        write_text(args.cards / f"{task}.md", page(task, groups))
+        if not args.no_plots:
+            plot(task, groups, args.cards / f"{task}.png")
+    print(overview(runs))
+
+
+if __name__ == "__main__":
+    main()
