@@ -122,7 +122,9 @@ def bench(
         "class": type(model).__name__,
         "layers": len(results[0]["tokens_per_layer"]),
         "parameters": sum(p.numel() for p in models["hf_padded"].parameters()),
-        "parameters_left": sum(p.numel() for name, p in model.named_parameters() if not name.startswith("token_pruner.training_")),
+        "parameters_left": sum(
+            p.numel() for name, p in model.named_parameters() if not name.startswith("token_pruner.training_")
+        ),
         "texts": len(texts),
         "tokens_per_text": statistics.fmean(len(feature["input_ids"]) for feature in features),
         "max_length": max_length,

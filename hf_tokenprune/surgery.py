@@ -40,12 +40,24 @@ def operate(model, *, heads, units, hidden=None, optimizer=None):
         for name, value in moments.items():
             state[parameter][name] = value.index_select(dim, index.to(value.device))
 
-    before = set(model.parameters())
+    before = {parameter: parameter.shape for parameter in model.parameters()}
     resize(model, heads=heads, units=units, hidden=hidden, on_cut=cut_moments)
-    gone = before - set(model.parameters())
+    for parameter in model.parameters():
+        if parameter.shape != before[parameter]:
+            _leave_graph(parameter)
+    gone = set(before) - set(model.parameters())
     if optimizer is not None and gone:
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
         for parameter in gone:
             state.pop(parameter, None)
     return model
+
+
+def _leave_graph(parameter):
+    """Part a parameter from the graph of an earlier forward. As long as that graph is alive somewhere (gradient checkpointing leaves
+    a piece of the last one), torch goes on using its node for the parameter, which insists on the old shape. Data of another
+    type makes torch forget the node."""
+    data = parameter.data
+    parameter.data = data.to(torch.float32 if data.dtype == torch.float64 else torch.float64)
+    parameter.data = data

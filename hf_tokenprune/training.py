@@ -1,5 +1,6 @@
 """One callback for an unmodified `transformers.Trainer`."""
 
+import contextlib
 import sys
 
 from transformers import TrainerCallback
@@ -7,8 +8,8 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from .cost import CostMeter
-from .errors import TrainingError
-from .modeling.modeling_token_pruned import check_can_be_saved
+from .errors import TokenPruneError, TrainingError
+from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
 from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
 
 logger = logging.get_logger(__name__)
@@ -51,7 +52,8 @@ class TokenPruneCallback(TrainerCallback):
                 "The model has adapters, which this version cannot prune. Merge them first: merge_and_unload()."
             )
         check_can_be_saved(model)
-        self.objective = self.method.attach(model)
+        with _as_it_was_if_refused(model):
+            self.objective = self.method.attach(model)
         self.model = model
         self.meters = {mode: CostMeter(model) for mode in (True, False)}
         model.token_pruner.meter = self._measure
@@ -93,7 +95,8 @@ class TokenPruneCallback(TrainerCallback):
             if not learning_rate > 0:
                 raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
             self.objective.start_run(learning_rate, self.method.schedule.steps(self.total))
-            self.objective.moment = self.method.schedule.at(0, self.total)
+        self.objective.moment = self.method.schedule.at(state.global_step, self.total)
+        if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
             self.objective.harden()
         self.objective.loss_scale = lambda: _loss_scale(optimizer)
         self.objective.accumulation = args.gradient_accumulation_steps
@@ -164,6 +167,23 @@ class TokenPruneCallback(TrainerCallback):
     def _pop_shares(self, training):
         meter, self.meters[training] = self.meters[training], CostMeter(self.model)
         return _shares(meter.cost) if meter.started else {}
+
+
+@contextlib.contextmanager
+def _as_it_was_if_refused(model):
+    """A model that a method refuses is left as it came."""
+    before, pruner = None, getattr(model, "token_pruner", None)
+    if is_token_pruned(model):
+        sites = [(int(layer), selector) for layer, selector in pruner.sites.items()]
+        before = sites, pruner.protected_ids, model.config.token_pruning.get("method")
+    try:
+        yield
+    except TokenPruneError:
+        if getattr(model, "token_pruner", None) is not pruner:
+            detach(model)
+            if before is not None:
+                attach(model, *before)
+        raise
 
 
 def _shares(cost):

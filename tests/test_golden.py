@@ -356,6 +356,17 @@ def test_the_match_follows_the_transformed_states():
     assert scale.item() == pytest.approx(35 / 17, abs=1e-3)
 
 
+def test_only_tokens_that_both_layers_have_count():
+    student = [torch.tensor([[1.0], [5.0], [9.0]]), torch.tensor([[2.0], [4.0], [9.0]])]
+    teacher = [torch.tensor([[3.0], [3.0], [0.0]]), torch.tensor([[0.0], [0.0], [8.0]])]
+    there = (torch.tensor([[1, 1, 0], [1, 0, 1]]).bool().unbind(), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool().unbind())
+    # First teacher layer: tokens 0 and 1 with the first student layer, token 0 with the second.
+    expected = [[(4 + 4) / 2, 1.0], [(1 + 25) / 2, (4 + 1) / 2]]
+    assert losses.layer_distances(student, teacher, there).tolist() == expected
+    loss, match = losses.layer_distillation(student, teacher, [True, True], there)
+    assert (loss.item(), match.tolist()) == ((1.0 + 2.5) / 2, [1, 1])
+
+
 def test_layer_match_gradients():
     states = torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True)
     teacher = list(torch.randn(2, 4, 3, dtype=torch.float64))

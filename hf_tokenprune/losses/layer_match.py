@@ -4,12 +4,15 @@ import torch
 from torch.nn import functional
 
 
-def layer_distances(student, teacher):
+def layer_distances(student, teacher, there=None):
     """Mean squared difference of every student layer to every teacher layer.
 
     Args:
         student: list of `(T, H)` hidden states, one per student layer, already transformed to the teacher's width.
         teacher: list of `(T, H)` hidden states of the same tokens, one per teacher layer to be matched; gets no gradient.
+        there: which tokens there are in which layer, where not all are in all: a pair of lists of `(T,)` bool, for the student's
+            layers and the teacher's. Only tokens that both layers of a pair have count in its distance. The other states may
+            hold anything finite.
 
     Returns:
         `(teacher layers, student layers)`, at least float32.
@@ -20,7 +23,10 @@ def layer_distances(student, teacher):
         tensor([[1., 0., 4.]])
     """
     student = [_at_least_float32(states) for states in student]
-    return torch.stack([torch.stack([_distance(s, t) for s in student]) for t in teacher])
+    rows = _common(there, len(student), len(teacher))
+    return torch.stack(
+        [torch.stack([_distance(s, t, rows(j, i)) for j, s in enumerate(student)]) for i, t in enumerate(teacher)]
+    )
 
 
 def match_layers(distances, alive):
@@ -48,7 +54,7 @@ def match_layers(distances, alive):
     return distances.detach().masked_fill(~alive & alive.any(), float("inf")).argmin(dim=1)
 
 
-def layer_distillation(student, teacher, alive):
+def layer_distillation(student, teacher, alive, there=None):
     """Make the student's hidden states resemble the teacher's, layer by matched layer.
 
     CoFi's layerwise distillation (Xia et al. 2022, arXiv 2204.00408, section 3.2): the mean over teacher layers `i` of
@@ -60,6 +66,7 @@ def layer_distillation(student, teacher, alive):
         student: list of `(T, H)` hidden states, one per student layer, already transformed to the teacher's width.
         teacher: list of `(T, H)` hidden states of the same tokens, one per teacher layer; gets no gradient.
         alive: `(student layers,)` bool, list or tensor: which layers are not pruned.
+        there: as for `layer_distances`.
 
     Returns:
         `(loss, match)`: a scalar, at least float32, and what `match_layers` returns.
@@ -70,12 +77,21 @@ def layer_distillation(student, teacher, alive):
         (tensor(2.5000), tensor([0, 2]))
     """
     with torch.no_grad():
-        match = match_layers(layer_distances(student, teacher), alive)
+        match = match_layers(layer_distances(student, teacher, there), alive)
+    rows = _common(there, len(student), len(teacher))
     pairs = zip(match.tolist(), teacher, strict=True)
-    return torch.stack([_distance(student[j], states) for j, states in pairs]).mean(), match
+    return torch.stack([_distance(student[j], states, rows(j, i)) for i, (j, states) in enumerate(pairs)]).mean(), match
 
 
-def _distance(student, teacher):
+def _common(there, students, teachers):
+    """A function that says which tokens layer `j` of the student and layer `i` of the teacher have in common; None = all."""
+    mine, theirs = ([None] * students, [None] * teachers) if there is None else there
+    return lambda j, i: None if mine[j] is None else mine[j] & theirs[i]
+
+
+def _distance(student, teacher, rows):
+    if rows is not None:
+        student, teacher = student[rows], teacher[rows]
     return functional.mse_loss(_at_least_float32(student), _at_least_float32(teacher.detach()))
 
 

@@ -15,9 +15,9 @@ class Compose(GatedMethod):
     and start in the order of what each is worth per MAC.
 
     Args:
-        weights: a `StructuredPruning`; only its `parts` and `layer_weight` count.
+        weights: a `StructuredPruning`; only its `parts` count.
         tokens: a `ToP`; only its `sites`, `rank_bins`, `rank_topk` and `rank_weight` count.
-        target_macs, teacher, distill_weight, constraint, gate_lr, schedule: of the run, as for `ToP`.
+        target_macs, teacher, distill_weight, layer_weight, constraint, gate_lr, schedule: of the run, as for `ToP`.
 
     Raises:
         ConfigError: a setting is out of range, or one of the run was given to `weights` or `tokens`.
@@ -69,5 +69,5 @@ class Compose(GatedMethod):
             model, [weights, bins], Budget(model),
             target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=True,
         )  # fmt: skip
-        helpers = [*self.weights.helpers(model, gates), *self.tokens.helpers(model, sites)]
+        helpers = [*self.layer_distillation(model, gates.state, matched=True), *self.tokens.ranking(model, sites)]
         return StructuredObjective(model, self, gates, helpers=helpers)

@@ -18,6 +18,7 @@ from ..losses import lagrangian
 from ..modeling.shapes import sizes_of
 from ..schedule import Schedule, ramp
 from .base import Objective
+from .layers import LayerDistillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class GatedMethod:
     target_macs: float | None = None
     teacher: object = "self"
     distill_weight: float = 1.0
+    layer_weight: float = 1.0
     constraint: str = "projected"
     gate_lr: float | None = None
     schedule: Schedule = field(default_factory=Schedule)
@@ -40,7 +42,7 @@ class GatedMethod:
             self.refuse("constraint", '"projected" or "lagrangian"')
         if self.gate_lr is not None and (not is_number(self.gate_lr) or self.gate_lr <= 0):
             self.refuse("gate_lr", "a number above 0, or None")
-        self.check_weights("distill_weight")
+        self.check_weights("distill_weight", "layer_weight")
         check_teacher(self)
         self.check_schedule()
 
@@ -57,6 +59,10 @@ class GatedMethod:
         for name in names:
             if not is_number(getattr(self, name)) or getattr(self, name) < 0:
                 self.refuse(name, "a number, 0 or more")
+
+    def layer_distillation(self, model, state, *, matched):
+        """The layer-wise distillation as a list of one helper, or of none if it has no weight."""
+        return [LayerDistillation(model, state, self.layer_weight, matched)] if self.layer_weight > 0 else []
 
     def need_target(self):
         """Raise ConfigError if no budget was given."""
@@ -254,7 +260,9 @@ class BudgetedGates:
 
     def least(self):
         """The smallest share that these gates can bring the model down to, on the texts seen."""
-        return float(self.share(self.scores(torch.zeros(sum(self.sizes)))))
+        nothing = self.scores(torch.zeros(sum(self.sizes)))
+        kept = [part.choose(piece, float("inf")) for part, piece in zip(self.parts, nothing, strict=True)]
+        return float(self.share([piece.double() for piece in kept]))
 
     @property
     def measuring(self):
@@ -335,7 +343,9 @@ class BudgetedGates:
         matters = self.shifted & (saved > 0)
         gain = (information + 1e-12 * information.max()).log() - saved.clamp(min=1e-20).log()
         gain = self.PER_NEPER * (gain - gain[matters].median())
-        start = torch.where(matters, gain.clamp(-self.FARTHEST, self.FARTHEST), self.state.start.cpu())
+        # The order lives on beyond the farthest.
+        gain = gain.clamp(-self.FARTHEST, self.FARTHEST) + 0.01 * gain
+        start = torch.where(matters, gain, self.state.start.cpu())
         with torch.no_grad():
             self.state.start.copy_(start)
             self.state.information.zero_()
@@ -408,7 +418,7 @@ class GatedObjective(Objective):
         model: the model, attached.
         config: the method's config.
         gates: its `BudgetedGates`, which are in force in the phase `phase`.
-        helpers: objects with `prepare(objective)` before a forward, and `losses(objective)` after it.
+        helpers: objects with `start_run()`, `prepare(objective)` before a forward, and `losses(objective)` after it.
     """
 
     def __init__(self, model, config, gates, *, helpers=(), phase="anneal"):
@@ -419,12 +429,15 @@ class GatedObjective(Objective):
 
     def start_run(self, learning_rate, steps):
         """Begin anew. `steps` of each phase by name."""
-        if self.gates.state.sizes.tolist() != _flat(sizes_of(self.model)):
+        was_cut = getattr(self.config, "cuts_weights", False) and self.pruner.structure is None
+        if was_cut or self.gates.state.sizes.tolist() != _flat(sizes_of(self.model)):
             raise TrainingError(
                 "The weights have been cut since this run's gates were made. To train on, load the saved model and give it to a new "
                 "Trainer with a new callback."
             )
         self.gates.start_run(learning_rate, steps[self.gated_phase])
+        for helper in self.helpers:
+            helper.start_run()
         self.told = False
 
     def target(self):

@@ -42,8 +42,8 @@ class InforCoef(GatedMethod):
             share of tokens kept.
         entropy_weight: weight of the entropy term.
         width: units of a sampler's network.
-        parts, layer_weight: of the static stage, as for `StructuredPruning`.
-        teacher, distill_weight, constraint, gate_lr: as for `ToP`.
+        parts: of the static stage, as for `StructuredPruning`.
+        teacher, distill_weight, layer_weight, constraint, gate_lr: as for `ToP`.
         schedule: by default `Schedule(dense=1, static=1.5, anneal=1.5, settle=1)`, without static phase if there is no `static_macs`.
 
     Raises:
@@ -59,7 +59,6 @@ class InforCoef(GatedMethod):
     entropy_weight: float = 0.01
     width: int = 16
     parts: tuple[str, ...] | None = None
-    layer_weight: float = 1.0
     schedule: Schedule | None = None
 
     def __post_init__(self):
@@ -73,7 +72,7 @@ class InforCoef(GatedMethod):
             self.refuse("target_macs", f"less than static_macs={self.static_macs}, of which the tokens are to save some")
         if bool(self.schedule.static) != (self.static_macs is not None):
             self.refuse("schedule", "a static phase belongs to static_macs: give both or neither")
-        self.check_weights("norm_weight", "entropy_weight", "layer_weight")
+        self.check_weights("norm_weight", "entropy_weight")
         if type(self.width) is not int or not 1 <= self.width <= 10_000:
             self.refuse("width", "a whole number from 1 to 10000")
         self._static()
@@ -87,7 +86,7 @@ class InforCoef(GatedMethod):
         check_schedule(self, static=True)
 
     def _static(self):
-        return StructuredPruning(target_macs=self.static_macs or 0.5, parts=self.parts, layer_weight=self.layer_weight)
+        return StructuredPruning(target_macs=self.static_macs or 0.5, parts=self.parts)
 
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""
@@ -117,7 +116,8 @@ class InforCoef(GatedMethod):
             model, weights, Budget(model, sites=[]),
             target=self.static_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=bool(weights),
         )  # fmt: skip
-        return InforCoefObjective(model, self, gates, helpers=static.helpers(model, gates) if weights else [])
+        helpers = self.layer_distillation(model, gates.state, matched=bool(weights))
+        return InforCoefObjective(model, self, gates, helpers=helpers)
 
 
 class SoftSkim:
@@ -277,8 +277,9 @@ class SamplingCost:
         return spent / self.dense
 
     def offset_for(self, target):
-        """The offset at which the target is spent, or the nearest to it: by bisection."""
-        low, high = -self.FARTHEST, self.FARTHEST
+        """The offset at which the target is spent, or the nearest to it: by bisection. Where the target is more than there is to
+        spend, it is the one that just keeps everything, so that the way back is short."""
+        low, high = -self.FARTHEST, max(-self.margins.min().item(), 0.0)
         for _ in range(20):
             middle = (low + high) / 2
             if self.share(middle) > target:

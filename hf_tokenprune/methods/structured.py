@@ -1,16 +1,15 @@
 """Structured pruning: which heads, FFN units, hidden units and blocks are needed (CoFi, Xia et al. 2022, arXiv 2204.00408)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers.utils import logging
 
 from ..budget import Budget
 from ..cost import block_shapes
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError
 from ..gates import log_alpha_for
-from ..losses import layer_distillation
 from ..modeling.architectures import find_encoder
 from ..modeling.modeling_token_pruned import attach, is_token_pruned
 from ..structure import PARTS, Layout, StructureGates
@@ -38,22 +37,20 @@ class StructuredPruning(GatedMethod):
         target_params: weights of the layers to keep, as a share of the dense model's; embeddings and heads are not counted. Give
             one of the two.
         parts: what may be cut, of "hidden", "heads", "units" and "blocks"; None = all that the family allows.
-        layer_weight: weight of the layer-wise distillation.
-        teacher, distill_weight, constraint, gate_lr, schedule: as for `ToP`.
+        teacher, distill_weight, layer_weight, constraint, gate_lr, schedule: as for `ToP`.
 
     Raises:
         ConfigError: a setting is out of range.
 
     Example:
-        >>> StructuredPruning(target_macs=0.4, parts=("heads", "units")).layer_weight
-        1.0
+        >>> StructuredPruning(target_macs=0.4, parts=("heads", "units")).parts
+        ('heads', 'units')
     """
 
     cuts_weights = True
 
     target_params: float | None = None
     parts: tuple[str, ...] | None = None
-    layer_weight: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,7 +63,6 @@ class StructuredPruning(GatedMethod):
             not isinstance(self.parts, (tuple, list)) or not self.parts or not all(part in PARTS for part in self.parts)
         ):
             self.refuse("parts", f"some of {', '.join(PARTS)}, or None")
-        self.check_weights("layer_weight")
 
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""
@@ -80,7 +76,7 @@ class StructuredPruning(GatedMethod):
 
         Raises:
             UnsupportedModelError: the family's weights cannot be cut, or not in all `parts`.
-            ConfigError: no budget, one that cannot be reached, or a model that drops tokens already.
+            ConfigError: no budget, a share of weights that cannot be reached, or a model that drops tokens already.
         """
         if self.target_params is None:
             self.need_target()
@@ -91,7 +87,9 @@ class StructuredPruning(GatedMethod):
             target=self.target_macs or self.target_params, constraint=self.constraint, gate_lr=self.gate_lr,
             measured=True, cost="macs" if self.target_params is None else "params",
         )  # fmt: skip
-        return StructuredObjective(model, self, gates, helpers=self.helpers(model, gates))
+        if self.target_params is not None and self.target_params < (least := gates.least()):  # MACs depend on the texts
+            self.refuse("target_params", f"out of reach, {math.ceil(1000 * least) / 1000} are left with all of these parts cut")
+        return StructuredObjective(model, self, gates, helpers=self.layer_distillation(model, gates.state, matched=True))
 
     def prepare(self, model, settings=None):
         """Pack a model that drops no tokens yet."""
@@ -108,10 +106,6 @@ class StructuredPruning(GatedMethod):
         family, _ = find_encoder(model)
         parts = self.parts or [part for part in PARTS if part != "hidden" or family.hidden]
         return Layout(model, parts)
-
-    def helpers(self, model, gates):
-        """The layer-wise distillation, if it has any weight."""
-        return [LayerDistillation(model, gates.state, self.layer_weight)] if self.layer_weight > 0 else []
 
 
 class WeightGates(Part):
@@ -157,7 +151,11 @@ class WeightGates(Part):
     def harden(self, kept, alive):
         if self.pruner.structure is None:
             return {}
-        self.pruner.structure.hard = hard = kept.float().to(self.pruner.training_state.start.device)
+        # Gates that are all open are none: training without them is as fast as ever, and the same after a resume.
+        hard = None if kept.all() else kept.float().to(self.pruner.training_state.start.device)
+        self.pruner.structure.hard = hard
+        if hard is None:
+            return {}
         return {layer: self.layout.share(hard, ("attention", layer)) > 0 for layer in range(len(self.blocks))}
 
     MULTIPLE = 16  # matrix products are up to 1.4 times slower on sizes between
@@ -190,63 +188,11 @@ class WeightGates(Part):
         return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, scores.topk(count).indices, True)
 
 
-class LayerDistillation:
-    """Pulls the student's hidden states, through a learned matrix, towards those of the teacher's layers: each towards the nearest
-    of the student's layers that still has an FFN (CoFi's version of the match)."""
-
-    def __init__(self, model, state, weight):
-        self.weight = weight
-        width = model.token_pruner.hidden_size
-        state.transform = nn.Parameter(torch.eye(width, device=model.device))
-        self.state = state
-
-    def prepare(self, objective):
-        if objective.teacher is not None:
-            objective.pruner.remembers = objective.teacher.token_pruner.remembers = True
-
-    def losses(self, objective):
-        if objective.taught is None:
-            return {}
-        if objective.teacher.token_pruner.hidden_size != self.state.transform.shape[0]:
-            raise TrainingError(
-                f"The teacher has {objective.teacher.token_pruner.hidden_size} hidden units, the model had "
-                f"{self.state.transform.shape[0]}, so layers cannot be distilled. Say layer_weight=0."
-            )
-        taught = [(call.survivors, call.left[0]) for call in objective.teacher.token_pruner.last_forward.calls]
-        learned = [(call.survivors, call.left[0]) for call in objective.pruner.last_forward.calls]
-        # Only tokens that all layers of both have: a pooled last layer has the first one of each text alone.
-        common = taught[0][0].index.new_zeros(learned[0][0].batch_size * learned[0][0].seq_len)
-        for batch, _ in (*taught, *learned):
-            common[batch.index] += 1
-        common = common == len(taught) + len(learned)
-        teacher = [_rows(batch, states, common) for batch, states in taught]
-        student = [_rows(batch, states, common) @ self.state.transform.T.to(states.dtype) for batch, states in learned]
-        loss, _ = layer_distillation(student, teacher, self._alive(objective))
-        return {"layer_distillation": self.weight * loss}
-
-    def _alive(self, objective):
-        structure, count = objective.pruner.structure, objective.pruner.layer_count
-        if structure is None or structure.hard is None:
-            return [True] * count
-        return [bool(structure.layout.share(structure.hard, ("ffn", layer))) for layer in range(count)]
-
-
-def _rows(batch, states, common):
-    """The states of the common tokens, in one order for all batches."""
-    rows = common[batch.index].nonzero().squeeze(1)
-    order = batch.index[rows].argsort()
-    return states[rows[order]].float()
-
-
 class StructuredObjective(GatedObjective):
     """See `StructuredPruning`."""
 
     def start_run(self, learning_rate, steps):
         super().start_run(learning_rate, steps)
-        transform = getattr(self.gates.state, "transform", None)
-        if transform is not None:
-            with torch.no_grad():
-                transform.copy_(torch.eye(len(transform)))
 
     @property
     def cost(self):
@@ -255,8 +201,8 @@ class StructuredObjective(GatedObjective):
     def end_phase(self, phase, optimizer):
         if phase != self.gated_phase or self.pruner.structure is None:
             return
-        structure = self.pruner.structure
-        hidden, heads, units = structure.layout.left(structure.hard)
+        layout, hard = self.pruner.structure.layout, self.pruner.structure.hard
+        hidden, heads, units = layout.left(torch.ones(layout.size) if hard is None else hard)
         self.close_gates()
         cut_weights(self, optimizer, hidden=hidden, heads=heads, units=units)
 

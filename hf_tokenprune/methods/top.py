@@ -43,6 +43,7 @@ class ToP(GatedMethod):
         rank_topk: how many of the teacher's most important tokens the ranking loss looks at.
         rank_weight: weight of the ranking loss at the start; it falls to 1 % of this over the annealing. 0 = none.
         distill_weight: weight of the teacher's logits against the task's own loss of weight 1.
+        layer_weight: weight of the teacher's hidden states, layer by layer, on the tokens that are left (the paper has none).
         constraint: "projected" or "lagrangian", see above.
         gate_lr: how far a gate (a log-odds) moves per step of an Adam-like optimizer at the peak of its schedule.
             None = 20 / steps of the anneal phase, at least 0.01 and at most 0.2. Gates are in one of the optimizer's ordinary
@@ -94,7 +95,8 @@ class ToP(GatedMethod):
             model, [bins], Budget(model),
             target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=False,
         )  # fmt: skip
-        return ToPObjective(model, self, gates, helpers=self.helpers(model, sites))
+        helpers = [*self.layer_distillation(model, gates.state, matched=False), *self.ranking(model, sites)]
+        return ToPObjective(model, self, gates, helpers=helpers)
 
     def place(self, model, settings, target):
         """Attach selectors to the model. Returns the sites, in order of layers."""
@@ -121,7 +123,7 @@ class ToP(GatedMethod):
         attach(model, selectors, protected, method=settings)
         return sites
 
-    def helpers(self, model, sites):
+    def ranking(self, model, sites):
         """The ranking loss, if it has any weight."""
         return [RankingLoss(model.token_pruner, sites, self.rank_weight, self.rank_topk)] if self.rank_weight > 0 else []
 
@@ -213,6 +215,9 @@ class RankingLoss:
         early = range(max(1, pruner.layer_count // 3 + 1))
         self.early = [site for site in sites if site in early] or sites[:1]
         self.weight, self.top_k = weight, top_k
+
+    def start_run(self):
+        """There is nothing to begin anew."""
 
     def prepare(self, objective):
         if objective.moment.phase == "anneal" and objective.teacher is not None:

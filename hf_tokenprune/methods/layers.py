@@ -1,0 +1,76 @@
+"""Layer-wise distillation, a helper of the gated methods (CoFi, Xia et al. 2022, arXiv 2204.00408, section 3.2)."""
+
+import torch
+from torch import nn
+
+from ..errors import TrainingError
+from ..losses import layer_distillation
+
+
+class LayerDistillation:
+    """Pulls the student's hidden states towards those of the teacher's layers, on all tokens that both have.
+
+    Where weights are gated, layers of the student come and go: each of the teacher's is matched to the nearest of the student's
+    that still has an FFN, through a learned matrix. Else each is matched to its own.
+
+    Args:
+        model: the model, attached.
+        state: the module that keeps what is learned.
+        weight: weight of the loss, which is relative to the mean square of the teacher's states.
+        matched: are weights gated?
+    """
+
+    def __init__(self, model, state, weight, matched):
+        self.state, self.weight, self.matched = state, weight, matched
+        self.width = model.token_pruner.hidden_size
+        if matched:
+            state.transform = nn.Parameter(torch.eye(self.width, device=model.device))
+
+    def start_run(self):
+        """Begin anew."""
+        if self.matched:
+            with torch.no_grad():
+                self.state.transform.copy_(torch.eye(self.width))
+
+    def prepare(self, objective):
+        if objective.teacher is not None:
+            objective.pruner.remembers = objective.teacher.token_pruner.remembers = True
+
+    def losses(self, objective):
+        if objective.taught is None:
+            return {}
+        teacher, pruner = objective.teacher.token_pruner, objective.pruner
+        if teacher.hidden_size != self.width or (not self.matched and teacher.layer_count != pruner.layer_count):
+            raise TrainingError(
+                f"The teacher has {teacher.layer_count} layers and {teacher.hidden_size} hidden units, the model had "
+                f"{pruner.layer_count} and {self.width}, so layers cannot be distilled. Say layer_weight=0."
+            )
+        taught, learned = ([_table(call) for call in p.last_forward.calls] for p in (teacher, pruner))
+        size = torch.stack([states[there].square().mean() for states, there in taught]).mean()
+        if self.matched:
+            student = [states @ self.state.transform.T.to(states.dtype) for states, _ in learned]
+            there = tuple([there for _, there in tables] for tables in (learned, taught))
+            loss, _ = layer_distillation(student, [states for states, _ in taught], self._alive(pruner), there)
+        else:
+            pairs = zip(learned, taught, strict=True)
+            loss = torch.stack([_distance(*mine, *theirs) for mine, theirs in pairs]).mean()
+        return {"layer_distillation": self.weight * loss / size}
+
+    def _alive(self, pruner):
+        structure = pruner.structure
+        if structure is None or structure.hard is None:
+            return [True] * pruner.layer_count
+        return [bool(structure.layout.share(structure.hard, ("ffn", layer))) for layer in range(pruner.layer_count)]
+
+
+def _table(call):
+    """Hidden states after a layer as `(B * S, H)`, and which of these tokens there are."""
+    batch = call.survivors
+    there = torch.zeros(batch.batch_size * batch.seq_len, dtype=torch.bool, device=batch.index.device)
+    there[batch.index] = True
+    return batch.unpack(call.left.float()).flatten(0, 1), there
+
+
+def _distance(mine, here, theirs, there):
+    rows = here & there
+    return (mine[rows] - theirs[rows]).square().mean()
