@@ -36,6 +36,7 @@ SHAPES = {
 }
 KEEPS = {"6x384": {1: 0.6, 2: 0.5, 3: 0.5, 4: 0.5}, "12x768": {2: 0.7, 4: 0.6, 6: 0.5, 8: 0.5}}
 CUTS = {"6x384": {"hidden": 304, "heads": 6, "units": 768}, "12x768": {"hidden": 608, "heads": 6, "units": 1536}}
+PARTS = ("inference", "cutting", "training")
 HEADS = {"sequence": BertForSequenceClassification, "token": BertForTokenClassification}
 
 
@@ -45,6 +46,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=128, help="cut texts to so many tokens; more = more ragged")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     parser.add_argument("--output", type=Path, default=Path("runs/speed.json"))
     args = parser.parse_args()
     set_seed(0)
@@ -60,11 +62,13 @@ def main():
         "cutting": [],
         "training": [],
     }
-    for shape, head in tqdm([(shape, head) for shape in args.shapes for head in HEADS], desc="inference"):
+    pairs = [(shape, head) for shape in args.shapes for head in HEADS if "inference" in args.parts]
+    for shape, head in tqdm(pairs, desc="inference"):
         report["inference"].append(inference(shape, head, tokenizer, texts, padded / sum(lengths), args))
-    for shape in tqdm(args.shapes, desc="cutting"):
+    for shape in tqdm(args.shapes if "cutting" in args.parts else [], desc="cutting"):
         report["cutting"].append(cutting(shape, tokenizer, texts, args))
-    report["training"] = [training_step(args.shapes[0], tokenizer, texts[:32], args)]
+    if "training" in args.parts:
+        report["training"] = [training_step(args.shapes[0], tokenizer, texts[:32], args)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1))
     show(report)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,13 +55,40 @@ def speed(report):
     return markdown(rows)
 
 
-TABLES = {"demo": demo, "speed": speed}
+def cutting(report):
+    """What `examples/speed.py --parts cutting` measured."""
+    rows = [["model", "MACs saved by cutting", "batch 32, against packed dense", "batch 1, against transformers"]]
+    for row in report["cutting"]:
+        saved, faster, alone = row["macs_saved_by_cutting"], row["cutting_speedup"], row["batch_1_over_hf"]
+        rows.append([row["shape"], f"{saved:.2f} x", f"{faster:.2f} x", f"{alone:.2f} x"])
+    return markdown(rows)
+
+
+def benchmark():
+    """The overview of `examples/benchmark`."""
+    sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
+    import report
+
+    return report.overview(report.load(ROOT / "results" / "benchmark"))
+
+
+def read(name):
+    """The measured numbers of that name."""
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+TABLES = {
+    "demo": lambda: demo(read("demo")),
+    "speed": lambda: speed(read("speed")),
+    "cutting": lambda: cutting(read("speed-cut")),
+    "benchmark": benchmark,
+}
 
 
 def fill(text):
-    """README's text with each `<!-- table:NAME -->` block made anew from results/NAME.json."""
+    """README's text with each `<!-- table:NAME -->` block made anew from what lies in results/."""
     for name, table in TABLES.items():
-        made = table(json.loads((ROOT / "results" / f"{name}.json").read_text()))
+        made = table()
         text = re.sub(
             rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m, made=made: m[1] + made + "\n" + m[2], text, flags=re.S
         )

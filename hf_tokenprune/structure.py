@@ -9,6 +9,7 @@ A gate of 0 does what cutting the part out would do, a gate of 1 changes nothing
   gate is 0 thus costs nothing, its norm included.
 """
 
+import threading
 from functools import partial
 
 import torch
@@ -121,6 +122,18 @@ class StructureGates:
             handle.remove()
         self.handles = []
 
+    def say(self, layer):
+        """How much each head of a layer counts in the importance of tokens: a head that is gated off will have no say once it is cut
+        out. None = all alike, also where no head is left to say anything."""
+        gates = self._now()
+        heads = None if gates is None else self.layout.of(gates, ("heads", layer))
+        return None if heads is None or not heads.any() else heads.detach().float()
+
+    def hidden(self):
+        """The gates of the hidden units that are in force, or None."""
+        gates = self._now()
+        return None if gates is None else self.layout.of(gates, "hidden")
+
     def _now(self):
         if self.soft is not None and (self.pruner.training or self.pruner.soft_in_eval):
             return self.soft
@@ -203,11 +216,13 @@ class StructureGates:
 
     def _remember(self, name, module, args):
         if self._now() is not None:
-            self.inputs[name] = args[0]
+            self.inputs[threading.get_ident(), name] = args[0]
 
     def _after_norm(self, name, norm, args, output):
         gate = self._gate(name, output)
-        return None if gate is None else torch.lerp(self.inputs.pop(name).to(output.dtype), output, gate)
+        return (
+            None if gate is None else torch.lerp(self.inputs.pop((threading.get_ident(), name)).to(output.dtype), output, gate)
+        )
 
 
 def gated_layer_norm(states, norm, gates):

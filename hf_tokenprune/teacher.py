@@ -10,7 +10,7 @@ from pathlib import Path
 from .errors import TrainingError
 from .loading import from_pretrained
 from .modeling.modeling_token_pruned import is_token_pruned, pack
-from .modeling.shapes import replay, shape_map
+from .modeling.shapes import replay, restored, shape_map
 
 FOLDER = "_teacher"  # Trainer.push_to_hub leaves out what begins with an underscore
 
@@ -23,8 +23,9 @@ def dense_copy(model):
         if hasattr(config, name):
             delattr(config, name)
     dense_class = type(model)._dense_class if pruned else type(model)
-    twin = dense_class._from_config(config, attn_implementation="sdpa", dtype=model.dtype)
     shapes = shape_map(model)
+    with restored(config, shapes):
+        twin = dense_class._from_config(config, attn_implementation="sdpa", dtype=model.dtype)
     if shapes is not None:
         replay(twin, shapes)
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("token_pruner.")})

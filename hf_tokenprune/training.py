@@ -70,10 +70,9 @@ class TokenPruneCallback(TrainerCallback):
         for name in ("fsdp", "deepspeed"):
             if getattr(args, name, None):
                 raise TrainingError(f"TokenPruneCallback does not work with {name} yet. Use one process, or torchrun (DDP).")
-        if args.world_size > 1 and getattr(self.method, "cuts_weights", False):
+        if args.world_size > 1 and getattr(self.method, "single_process", False):
             raise TrainingError(
-                f"{type(self.method).__name__} cuts weights in the middle of a run, which several processes at a time "
-                f"({args.world_size} here) cannot follow yet. Train in one process."
+                f"{type(self.method).__name__} cannot be trained by several processes yet ({args.world_size} here). Use one."
             )
         if model is not self.model:
             self.attach(model)
@@ -89,12 +88,17 @@ class TokenPruneCallback(TrainerCallback):
         _check_checkpointing(model)
         group = _group_of(optimizer, self.objective.parameters())
         self.total = state.max_steps
-        dense = self.method.schedule.steps(self.total)["dense"]
+        steps = self.method.schedule.steps(self.total)
+        dense = steps["dense"]
+        if self.method.schedule.static and not steps["static"]:
+            raise TrainingError(
+                f"A run of {self.total} steps is too short for {self.method.schedule}: no step is left for 'static'."
+            )
         if state.global_step == 0:
             learning_rate = group.get("initial_lr", group["lr"])
             if not learning_rate > 0:
                 raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
-            self.objective.start_run(learning_rate, self.method.schedule.steps(self.total))
+            self.objective.start_run(learning_rate, steps)
         self.objective.moment = self.method.schedule.at(state.global_step, self.total)
         if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
             self.objective.harden()
@@ -128,9 +132,10 @@ class TokenPruneCallback(TrainerCallback):
         # What is evaluated and saved after this step is the model that the next step begins with.
         self.objective.moment = self.method.schedule.at(state.global_step, self.total)
         self.objective.harden()
-        if self.objective.moment.phase != now.phase:
-            self.objective.end_phase(now.phase, optimizer)
-        if self.objective.moment.phase == "settle":
+        for parameter in self.objective.restarted():
+            optimizer.state.pop(parameter, None)
+        was_cut = self.objective.moment.phase != now.phase and self.objective.end_phase(now.phase, optimizer)
+        if was_cut or self.objective.moment.phase == "settle":
             # A model that was better before it met the budget is none to come back to.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self.objective.moment = now

@@ -57,7 +57,11 @@ class Objective:
         """Take them away when training is over or the phase has ended."""
 
     def end_phase(self, phase, optimizer):
-        """A phase has ended with its last step."""
+        """A phase has ended with its last step. Returns True if the weights were cut."""
+
+    def restarted(self):
+        """Parameters that begin anew after this step, so that what the optimizer remembers of them is of no use."""
+        return []
 
     def observe(self):
         """Look at the lengths of a training batch; runs in the dense and the anneal phase."""

@@ -28,7 +28,7 @@ class Compose(GatedMethod):
         20
     """
 
-    cuts_weights = True
+    single_process = True
 
     weights: StructuredPruning
     tokens: ToP

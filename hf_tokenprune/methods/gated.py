@@ -25,7 +25,7 @@ from .layers import LayerDistillation
 class GatedMethod:
     """What the configs of all gated methods share; see `ToP` for the arguments."""
 
-    cuts_weights = False
+    single_process = False  # several processes at a time cannot train it yet
 
     target_macs: float | None = None
     teacher: object = "self"
@@ -118,6 +118,7 @@ class Part:
     """Something that is gated. `size` gates, at `shifted` of which the budget may push."""
 
     size: int
+    cuts_weights = False
 
     def start(self):
         """`(size,)` log-odds with which the gates start."""
@@ -134,6 +135,10 @@ class Part:
     def tie_break(self):
         """A little to add to the scores where equal ones have an order all the same."""
         return 0.0
+
+    def worth(self):
+        """What to add to the logarithm of measured information: how much more a thing is worth by the time its turn comes."""
+        return torch.zeros(self.size)
 
     def choose(self, scores, level):
         """`(scores,)` bool: what is kept if all is to be kept whose score reaches a level."""
@@ -170,7 +175,7 @@ class Gates(nn.Module):
         self.register_buffer("lengths", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("teacher", torch.tensor(0))
         self.register_buffer("scale", torch.tensor(1.0))
-        self.register_buffer("sizes", torch.tensor(_flat(sizes)))
+        self.register_buffer("sizes", None if sizes is None else torch.tensor(_flat(sizes)))  # what is left of the weights
         self.register_parameter("transform", None)  # of layer-wise distillation: student's hidden units to the teacher's
 
     def cut_hidden(self, index, on_cut):
@@ -187,8 +192,8 @@ class BudgetedGates:
     "projected" holds the expected cost exactly: in each step all gates are shifted by what meets the target, and what would
     change the cost is taken from their gradient. They get steeper towards the end, so that the soft model ends as the hard one.
     Weights have no order to start in as ranks of tokens have. So in the first steps, while all gates are 1, their Fisher
-    information is measured (mean squared gradient of the loss: how much the loss would rise without the part, as in
-    Kwon et al. 2022, arXiv 2204.09656), and the gates start in the order of information per MAC. At the
+    information is measured (squared gradients of the loss, summed over batches: how much the loss would rise without the part,
+    as in Kwon et al. 2022, arXiv 2204.09656), and the gates start in the order of information per MAC. At the
     optimum of separable losses that is what decides, whatever the part is: so one budget shares itself out among tokens,
     heads, units and blocks.
 
@@ -214,7 +219,9 @@ class BudgetedGates:
         self.projected = constraint == "projected"
         self.measured = measured and self.projected
         self.sizes = [part.size for part in parts]
-        self.state = Gates(sum(self.sizes), sizes_of(model)).to(model.device)
+        cuts = any(part.cuts_weights for part in parts)
+        self.state = Gates(sum(self.sizes), sizes_of(model) if cuts else None).to(model.device)
+        self.restarted = False
         self.shifted = torch.cat([torch.zeros(0, dtype=torch.bool), *(part.shifted() for part in parts)])
         self.now = None  # log-odds of the running forward, None while nothing is gated softly
         self.progress = 0.0
@@ -342,13 +349,14 @@ class BudgetedGates:
         information = self.state.information.cpu()
         matters = self.shifted & (saved > 0)
         gain = (information + 1e-12 * information.max()).log() - saved.clamp(min=1e-20).log()
+        gain = gain + torch.cat([part.worth() for part in self.parts])
         gain = self.PER_NEPER * (gain - gain[matters].median())
-        # The order lives on beyond the farthest.
-        gain = gain.clamp(-self.FARTHEST, self.FARTHEST) + 0.01 * gain
-        start = torch.where(matters, gain, self.state.start.cpu())
+        near = gain.clamp(-self.FARTHEST, self.FARTHEST)
+        start = torch.where(matters, near + 0.01 * (gain - near), self.state.start.cpu())  # so that no two are the same
         with torch.no_grad():
             self.state.start.copy_(start)
             self.state.information.zero_()
+        self.restarted = True
 
     def _along_budget(self, log_alpha):
         """A hook that takes from a gradient its part that would change the expected share."""
@@ -429,8 +437,7 @@ class GatedObjective(Objective):
 
     def start_run(self, learning_rate, steps):
         """Begin anew. `steps` of each phase by name."""
-        was_cut = getattr(self.config, "cuts_weights", False) and self.pruner.structure is None
-        if was_cut or self.gates.state.sizes.tolist() != _flat(sizes_of(self.model)):
+        if self.gates.state.sizes is not None and self.pruner.structure is None:
             raise TrainingError(
                 "The weights have been cut since this run's gates were made. To train on, load the saved model and give it to a new "
                 "Trainer with a new callback."
@@ -470,6 +477,12 @@ class GatedObjective(Objective):
         seen = self.lengths()
         counts = self.gates.state.lengths
         counts += counts.new_tensor([seen.samples, seen.droppable, seen.squares])
+
+    def restarted(self):
+        if self.gates.restarted:
+            self.gates.restarted = False
+            return [self.gates.state.log_odds]
+        return []
 
     def losses(self, model, kwargs):
         terms = self.gates.losses(self.lengths(), self.note) if self.moment.phase == self.gated_phase else {}

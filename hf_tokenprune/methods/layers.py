@@ -2,9 +2,11 @@
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
-from ..errors import TrainingError
 from ..losses import layer_distillation
+
+logger = logging.get_logger(__name__)
 
 
 class LayerDistillation:
@@ -23,6 +25,7 @@ class LayerDistillation:
     def __init__(self, model, state, weight, matched):
         self.state, self.weight, self.matched = state, weight, matched
         self.width = model.token_pruner.hidden_size
+        self.told = False
         if matched:
             state.transform = nn.Parameter(torch.eye(self.width, device=model.device))
 
@@ -33,21 +36,19 @@ class LayerDistillation:
                 self.state.transform.copy_(torch.eye(self.width))
 
     def prepare(self, objective):
-        if objective.teacher is not None:
+        if objective.teacher is not None and self._fits(objective.teacher.token_pruner, objective.pruner):
             objective.pruner.remembers = objective.teacher.token_pruner.remembers = True
 
     def losses(self, objective):
-        if objective.taught is None:
+        if not objective.pruner.remembers or objective.taught is None:
             return {}
         teacher, pruner = objective.teacher.token_pruner, objective.pruner
-        if teacher.hidden_size != self.width or (not self.matched and teacher.layer_count != pruner.layer_count):
-            raise TrainingError(
-                f"The teacher has {teacher.layer_count} layers and {teacher.hidden_size} hidden units, the model had "
-                f"{pruner.layer_count} and {self.width}, so layers cannot be distilled. Say layer_weight=0."
-            )
         taught, learned = ([_table(call) for call in p.last_forward.calls] for p in (teacher, pruner))
         size = torch.stack([states[there].square().mean() for states, there in taught]).mean()
         if self.matched:
+            gates = None if pruner.structure is None else pruner.structure.hidden()
+            if gates is not None:  # before a norm, hidden units that are to go are still there
+                learned = [(states * gates, there) for states, there in learned]
             student = [states @ self.state.transform.T.to(states.dtype) for states, _ in learned]
             there = tuple([there for _, there in tables] for tables in (learned, taught))
             loss, _ = layer_distillation(student, [states for states, _ in taught], self._alive(pruner), there)
@@ -55,6 +56,16 @@ class LayerDistillation:
             pairs = zip(learned, taught, strict=True)
             loss = torch.stack([_distance(*mine, *theirs) for mine, theirs in pairs]).mean()
         return {"layer_distillation": self.weight * loss / size}
+
+    def _fits(self, teacher, pruner):
+        fits = teacher.hidden_size == self.width and (self.matched or teacher.layer_count == pruner.layer_count)
+        if not fits and not self.told:
+            self.told = True
+            logger.warning(
+                f"The teacher has {teacher.layer_count} layers and {teacher.hidden_size} hidden units, the model to be trained "
+                f"{pruner.layer_count} and {self.width}: only its logits are distilled. Say layer_weight=0 if that is meant."
+            )
+        return fits
 
     def _alive(self, pruner):
         structure = pruner.structure

@@ -30,7 +30,7 @@ class StructuredPruning(GatedMethod):
     3.2). At the end of the annealing the weights are cut: smaller matrices, blocks and layers gone. The rest of the run
     trains the small model.
 
-    Until then a checkpoint holds all weights; its evaluation during training is that of the model as it would be cut.
+    Until then a checkpoint holds all weights, and `macs_realised` counts them; but what is evaluated is the model as it would be cut.
 
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's.
@@ -47,7 +47,7 @@ class StructuredPruning(GatedMethod):
         ('heads', 'units')
     """
 
-    cuts_weights = True
+    single_process = True
 
     target_params: float | None = None
     parts: tuple[str, ...] | None = None
@@ -117,6 +117,7 @@ class WeightGates(Part):
     """
 
     OPEN = 0.97  # probability with which a gate starts open
+    cuts_weights = True
 
     def __init__(self, model, layout):
         self.pruner, self.layout = model.token_pruner, layout
@@ -191,20 +192,18 @@ class WeightGates(Part):
 class StructuredObjective(GatedObjective):
     """See `StructuredPruning`."""
 
-    def start_run(self, learning_rate, steps):
-        super().start_run(learning_rate, steps)
-
     @property
     def cost(self):
         return self.gates.cost
 
     def end_phase(self, phase, optimizer):
         if phase != self.gated_phase or self.pruner.structure is None:
-            return
+            return False
         layout, hard = self.pruner.structure.layout, self.pruner.structure.hard
         hidden, heads, units = layout.left(torch.ones(layout.size) if hard is None else hard)
         self.close_gates()
         cut_weights(self, optimizer, hidden=hidden, heads=heads, units=units)
+        return True
 
     def tell_out_of_reach(self, spent):
         logger.warning(

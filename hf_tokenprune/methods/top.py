@@ -168,6 +168,13 @@ class TokenBins(Part):
         mask[:, -1] = False
         return mask.flatten()
 
+    def worth(self):
+        """Information is measured while all tokens are there. When a bin's turn comes, those ranked below are gone and the softmax
+        has given their share to the rest: with a part `m` left, a token's influence is `1 / m` times as large."""
+        table = torch.zeros(len(self.sites), self.bins + 1)
+        table[:, :-1] = -2 * ((torch.arange(self.bins) + 0.5) / self.bins).log()
+        return table.flatten()
+
     def scores(self, probability):
         table = self._table(probability)
         return (1 - table[:, -1:] * (1 - table[:, :-1])).flatten()

@@ -60,7 +60,9 @@ def weighted_softmax(scores, weight):
     return counted / (total + (total == 0))
 
 
-def packed_attention(query, key, value, batch, *, dropout=0.0, scaling=None, window=None, importance=False, first_only=False):
+def packed_attention(
+    query, key, value, batch, *, dropout=0.0, scaling=None, window=None, importance=False, first_only=False, say=None
+):
     """Attend within each sequence of a packed batch.
 
     Args:
@@ -69,6 +71,7 @@ def packed_attention(query, key, value, batch, *, dropout=0.0, scaling=None, win
             is not there), which makes dropping a token the exact limit of gating it.
         window: attend to keys less than so many original positions away.
         importance: also return the attention each token receives, mean over heads and queries.
+        say: `(heads,)` how much each head counts in the mean over heads, not all 0; None = all alike.
         first_only: only the first token of each sequence asks; the other rows of the result are zeros.
 
     Returns:
@@ -108,7 +111,9 @@ def packed_attention(query, key, value, batch, *, dropout=0.0, scaling=None, win
                 shares = scores.softmax(-1, dtype=torch.float32)
             if importance:
                 asking = shares if weight is None else shares * weight.view(count, 1, length, 1)
-                received.append(asking.mean((1, 2)).flatten())
+                heads_alike = asking.mean(2)  # (count, heads, length)
+                mean = heads_alike.mean(1) if say is None else torch.einsum("chl,h->cl", heads_alike, say / say.sum())
+                received.append(mean.flatten())
             out = torch.matmul(drop(shares, dropout).to(v.dtype), v)
         else:
             out = sdpa(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scaling)

@@ -89,6 +89,7 @@ class LayerCall:
             dropout=dropout, scaling=scaling, window=window,
             importance=self.watched or self.site is not None,
             first_only=self.first_only and not self.watched,
+            say=None if self.pruner.structure is None else self.pruner.structure.say(self.layer),
         )  # fmt: skip
         again = self.survivors is not None
         weights = None if self.gates is None else self._weights(importance)
@@ -199,4 +200,6 @@ class Forward:
         if states is None or states.shape[:2] == (first.batch_size, first.seq_len):
             return states
         batch = self.calls[number - 1].survivors if number else first
-        return batch.unpack(states, [gone for layer, gone in self.departed if layer < number])
+        site = self.pruner.site(0)
+        door = number == 0 and site is not None and site.before  # what a sampler drops before the first layer was in its input
+        return batch.unpack(states, [gone for layer, gone in self.departed if layer < number + door])

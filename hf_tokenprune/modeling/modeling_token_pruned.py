@@ -19,7 +19,7 @@ except ImportError as error:
 from .errors import ConfigError, UnsupportedModelError
 from .pruner import TokenPruner
 from .selection import SELECTORS, Selector
-from .shapes import adopt_plain_config, check_shapes, cut, replay, shape_map, sizes_of
+from .shapes import check_shapes, cut, replay, restored, settle_config, shape_map, sizes_of
 
 FORMAT_VERSION = 1
 
@@ -30,12 +30,14 @@ class TokenPruningMixin:
     _keys_to_ignore_on_load_unexpected = (r"token_pruner\.training_state\.",)
 
     def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
         if getattr(config, "token_pruning", None) is None:
             config.token_pruning = make_config()
         settings = read_config(config.token_pruning)
-        if "shapes" in settings:
-            replay(self, settings["shapes"])
+        shapes = settings.get("shapes")
+        with restored(config, shapes):
+            super().__init__(config, *args, **kwargs)
+        if shapes is not None:
+            replay(self, shapes)
         self.token_pruner = TokenPruner(self, settings)
         self.token_pruner.install(self)
         self.post_init()
@@ -282,7 +284,7 @@ def resize(model, *, heads, units, hidden=None, on_cut=None):
             for part in (*pruner.sites.values(), getattr(pruner, "training_state", None)):
                 if hasattr(part, "cut_hidden"):
                     part.cut_hidden(index, on_cut or (lambda *_: None))
-        adopt_plain_config(model)
+        settle_config(model)
         pruner.keep_layers(model, [i for i, (a, f) in enumerate(zip(heads, units, strict=True)) if len(a) + len(f)])
     finally:
         pruner.install(model)
@@ -316,10 +318,13 @@ def pack(model):
 
 
 def detach(model):
-    """Undo `pack` or `attach`: the model's own class, hooks, config and attention function are back. Weights stay as they are.
+    """Undo `pack` or `attach`: the model's own class, hooks, config and attention function are back.
+
+    Weights stay as they are. What was cut stays cut, and a detached model of sizes that no plain config can say computes, but cannot
+    be saved and opened again.
 
     Returns:
-        The same model, dense.
+        The same model, no longer packed.
     """
     if not is_token_pruned(model):
         return model

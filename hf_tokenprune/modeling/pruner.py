@@ -35,7 +35,8 @@ class TokenPruner(nn.Module):
         soft_in_eval: use `soft` in evaluation mode too.
         objective: called instead of the model's forward in training mode, as `objective(model, forward, args, kwargs)`.
         meter: called with the pruner after each forward.
-        structure: gates on weights, which go when the weights themselves are cut; has `remove()`.
+        structure: gates on weights, which go when the weights themselves are cut; has `remove()`, and `say(layer)`: how much each
+            head of a layer counts in importance, or None.
         trace: a `LayerTrace` per layer of the latest forward.
     """
 
@@ -51,12 +52,12 @@ class TokenPruner(nn.Module):
             selector = dict(site["selector"])
             kind = SELECTORS[selector.pop("kind")]
             self.check_sites([site["layer"]], kind)
-            self.sites[str(site["layer"])] = kind(**selector)
             if selector.get("hidden", self.hidden_size) != self.hidden_size:
                 raise ConfigError(
                     f"The selector at layer {site['layer']} reads {selector['hidden']} hidden units, but this model has "
                     f"{self.hidden_size}."
                 )
+            self.sites[str(site["layer"])] = kind(**selector)
         self.soft = {}
         self.soft_in_eval = False
         self.watched = frozenset()

@@ -227,7 +227,7 @@ class Skim(Selector):
 
     def logits(self, states):
         """`(T, H)` hidden states -> `(T, 2)` logits of dropping and of keeping."""
-        logits = self.GAIN * self.net(states).float()
+        logits = self.GAIN * self.net(states.to(self.net[1].weight.dtype)).float()
         offset = self.offset_value()
         return logits if math.isinf(offset) else torch.stack([logits[:, 0], logits[:, 1] + self.offset], dim=1)
 

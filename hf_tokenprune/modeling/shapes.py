@@ -3,16 +3,24 @@
 A model that was cut is described by its shape map, `config.token_pruning["shapes"]`: how many hidden units are left, and for
 each layer that is left, which layer of the dense model it was and how many heads and FFN units it has. Counts are enough: on
 loading, a fresh dense model is cut down to them, whichever units these are, and then filled with the saved weights.
+
+    {"hidden": 320, "layers": [{"layer": 0, "heads": 8, "units": 912}, ...], "dense": {...}, "restore": {...}}
+
+`dense` are the original values of config entries that were changed to say what is left, `restore` those of entries that
+were changed so that a plain transformers class refuses the weights (see `settle_config`).
 """
 
+import contextlib
 import copy
 
 import torch
 from torch import nn
 
-from .architectures import find_encoder, get_layers
+from .architectures import FAMILIES, find_encoder, get_layers
 from .errors import ConfigError, UnsupportedModelError
 
+FFN_SIZES = ("intermediate_size", "hidden_dim", "mlp_ratio")
+MOST, MOST_LAYERS = 1_000_000, 1000  # sizes beyond these are not a model's, and nobody shall make us reserve memory for them
 SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -107,7 +115,7 @@ def shape_map(model):
         return None
     hidden, heads, units = sizes_of(model)
     layers = [{"layer": i, "heads": a, "units": f} for i, a, f in zip(history["layers"], heads, units, strict=True)]
-    return {"hidden": hidden, "layers": layers, "dense": dict(history["dense"])}
+    return {"hidden": hidden, "layers": layers, "dense": dict(history["dense"]), "restore": dict(history["restore"])}
 
 
 def check_shapes(shapes):
@@ -118,10 +126,14 @@ def check_shapes(shapes):
             f"config.token_pruning is damaged: shapes {why}. Restore the config.json that was saved with the model."
         )
 
-    if not isinstance(shapes, dict) or set(shapes) != {"hidden", "layers", "dense"}:
+    if not isinstance(shapes, dict) or set(shapes) != {"hidden", "layers", "dense", "restore"}:
         raise damaged("is not a shape map")
-    if not _count(shapes["hidden"], 1) or not isinstance(shapes["layers"], list) or not shapes["layers"]:
-        raise damaged("has no hidden units or no layers")
+    if (
+        not _count(shapes["hidden"], 1)
+        or not isinstance(shapes["layers"], list)
+        or not 0 < len(shapes["layers"]) <= MOST_LAYERS
+    ):
+        raise damaged(f"has no hidden units, no layers, or more than {MOST_LAYERS}")
     last = -1
     for entry in shapes["layers"]:
         if not isinstance(entry, dict) or set(entry) != {"layer", "heads", "units"} or not all(map(_count, entry.values())):
@@ -129,17 +141,21 @@ def check_shapes(shapes):
         if entry["layer"] <= last or not entry["heads"] + entry["units"]:
             raise damaged(f"has the layer {entry!r} out of order or empty")
         last = entry["layer"]
-    dense = shapes["dense"]
-    if not isinstance(dense, dict) or not set(dense) <= set(SIZES):
-        raise damaged(f"says the dense model had {dense!r}")
-    for name, value in dense.items():
-        fine = isinstance(value, list) and all(isinstance(x, str) for x in value) if name == "layer_types" else _count(value, 1)
-        if not fine:
-            raise damaged(f"says the dense model had {name} = {value!r}")
+    for part in ("dense", "restore"):
+        sizes = shapes[part]
+        if not isinstance(sizes, dict) or not set(sizes) <= {*SIZES, *FFN_SIZES}:
+            raise damaged(f"has {part} = {str(sizes)[:100]}")
+        for name, value in sizes.items():
+            fine = _count(value, 1) and (name != "num_hidden_layers" or value <= MOST_LAYERS)
+            if name == "layer_types":
+                fine = isinstance(value, list) and len(value) == sizes.get("num_hidden_layers")
+                fine = fine and all(isinstance(kind, str) for kind in value)
+            if not fine:
+                raise damaged(f"has {part} with {name} = {str(value)[:100]}")
 
 
 def _count(value, least=0):
-    return type(value) is int and least <= value < 2**31
+    return type(value) is int and least <= value <= MOST
 
 
 def replay(model, shapes):
@@ -162,6 +178,15 @@ def replay(model, shapes):
             f"{wanted_heads} and FFN units {wanted_units}, but the model of this config has only {hidden}, heads {heads} and "
             f"units {units}. Restore the config.json that was saved with the model."
         )
+    dense = shapes["dense"]
+    smaller = [dense.get("hidden_size", hidden) < shapes["hidden"], dense.get("num_hidden_layers", len(heads)) < len(layers)]
+    smaller += [dense.get("num_attention_heads", max(heads)) < max(wanted_heads)]
+    smaller += [dense[name] < max(wanted_units) for name in ("intermediate_size", "hidden_dim") if name in dense]
+    if any(smaller):
+        raise ConfigError(
+            f"config.token_pruning says that this model was cut from a smaller one, {dense}. Restore the config.json that was saved "
+            "with the model."
+        )
     cut(
         model,
         hidden=range(shapes["hidden"]) if shapes["hidden"] < hidden else None,
@@ -169,7 +194,7 @@ def replay(model, shapes):
         units=[range(count) for count in wanted_units],
     )
     _, encoder = find_encoder(model, check=False)
-    encoder._cut["dense"] = dict(shapes["dense"])
+    encoder._cut.update(dense=dict(dense), restore=dict(shapes["restore"]))
     return model
 
 
@@ -193,9 +218,13 @@ def cut(model, *, heads, units, hidden=None, on_cut=None):
     layers = get_layers(family, encoder)
     if not any(len(a) + len(f) for a, f in zip(heads, units, strict=True)) or (hidden is not None and not len(hidden)):
         raise ConfigError("Nothing would be left of this model: keep at least one head or FFN unit, and one hidden unit.")
+    have, *counts = sizes_of(model)
+    for name, chosen, most in (("heads", heads, counts[0]), ("units", units, counts[1]), ("hidden", [hidden or ()], [have])):
+        if any(len(c) and not 0 <= min(c) <= max(c) < n for c, n in zip(chosen, most, strict=True)):
+            raise ConfigError(f"{name} names what this model does not have: it has {most}.")
     dims_of = {} if hidden is None else hidden_dims(model)
     if not hasattr(encoder, "_cut"):
-        encoder._cut = {"layers": list(range(len(layers))), "dense": {}}
+        encoder._cut = {"layers": list(range(len(layers))), "dense": {}, "restore": {}}
 
     def select(parameter, dim, index):
         if len(index) < parameter.shape[dim]:
@@ -276,15 +305,34 @@ def _refresh(module):
         module.out_channels = module.weight.shape[0]
 
 
+def _encoder_part(config):
+    """The part of a model's config that is its encoder's: the whole, or one of its parts."""
+    if config.model_type in FAMILIES:
+        return config
+    return next((part for part in vars(config).values() if getattr(part, "model_type", None) in FAMILIES), config)
+
+
+@contextlib.contextmanager
+def restored(config, shapes):
+    """Within this context the config builds the model that the shape map (or None) is to be replayed on."""
+    own, changed = _encoder_part(config), {}
+    try:
+        for name, value in (shapes or {"restore": {}})["restore"].items():
+            changed[name] = getattr(own, name)
+            setattr(own, name, value)
+        yield
+    finally:
+        for name, value in changed.items():
+            setattr(own, name, value)
+
+
 def _resized_config(model, **sizes):
     """A copy of a model's config with other sizes in the encoder's part of it."""
     _, encoder = find_encoder(model, check=False)
     config = copy.deepcopy(model.config)
-    own = config  # the encoder's part of the config, where that has parts
-    if encoder.config.model_type != config.model_type:
-        own = next(part for part in vars(config).values() if getattr(part, "model_type", None) == encoder.config.model_type)
+    own = _encoder_part(config)
     config._attn_implementation_internal = own._attn_implementation_internal = "eager"
-    for name, value in sizes.items():
+    for name, value in {**getattr(encoder, "_cut", {"restore": {}})["restore"], **sizes}.items():
         setattr(own, name, value)
     return config
 
@@ -362,15 +410,47 @@ def _not_hidden(family, model):
     return apart
 
 
-def adopt_plain_config(model):
-    """If a plain transformers config can say what is left of a cut model, change the model's config to it.
+def settle_config(model):
+    """Let the config of a cut model say what is left of it as far as it can.
 
-    Then the folder opens without remote code, too: whole layers were cut, or the same number of FFN units in every layer, or
-    heads and hidden units that still fit each other.
+    If a plain transformers config can say it all, it does, and the folder opens without remote code, too: whole layers were cut,
+    or the same number of FFN units in every layer, or heads and hidden units that still fit each other. If not, a plain class
+    must not open the folder. Mostly it finds weights of other sizes and refuses; where it would merely miss some, and make them
+    up, the config gets a size that no weight has.
 
     Returns:
-        True if the config says it all now.
+        True if the config says it all.
     """
+    _, encoder = find_encoder(model, check=False)
+    config, history = encoder.config, encoder._cut
+    for name, value in history["restore"].items():
+        setattr(config, name, value)
+    history["restore"] = {}
+    if _adopt_plain_config(model):
+        return True
+    if not _clashes(model):
+        steps = {name: 1 for name in FFN_SIZES} if any(sizes_of(model)[2]) else {"hidden_size": config.num_attention_heads}
+        name = next(
+            name
+            for name, step in steps.items()
+            if hasattr(config, name) and _clashes(model, **{name: getattr(config, name) + step})
+        )
+        history["restore"][name] = getattr(config, name)
+        setattr(config, name, getattr(config, name) + steps[name])
+    return False
+
+
+def _clashes(model, **sizes):
+    """Would a plain model of this config find weights of other sizes than its own?"""
+    theirs = _shapes(skeleton(model, **sizes))
+    return any(theirs.get(name, shape) != shape for name, shape in _shapes(model).items())
+
+
+def _shapes(model):
+    return {name: p.shape for name, p in model.named_parameters() if not name.startswith("token_pruner.")}
+
+
+def _adopt_plain_config(model):
     family, encoder = find_encoder(model, check=False)
     hidden, heads, units = sizes_of(model)
     old = encoder.config
@@ -393,8 +473,7 @@ def adopt_plain_config(model):
         type(twin.config).from_dict(twin.config.to_dict())  # as a folder is opened
     except Exception:  # a size that the class refuses: each has rules of its own
         return False
-    mine = {name: p.shape for name, p in model.named_parameters() if not name.startswith("token_pruner.")}
-    if mine != {name: p.shape for name, p in twin.named_parameters()}:
+    if _shapes(model) != _shapes(twin):
         return False
     for name in changed:
         before = old.hidden_size // old.num_attention_heads if name == "head_dim" and now[name] is None else now[name]

@@ -1,0 +1,561 @@
+"""InforCoef in real runs: weights are cut in its static stage, token samplers learn in its dynamic one; each has its budget, and the
+run resumes exactly wherever it was killed."""
+
+import itertools
+
+import pytest
+import torch
+from families import build, make_inputs, outputs_of
+from test_training import GatesOf, assert_close_state, assert_same_state, logged, some_words, trained
+from test_weights_training import (
+    DENSE_SIZES,
+    INPUTS,
+    NARROW,
+    OptimizerOf,
+    Surgery,
+    classes,
+    dropout_run,
+    dropping,
+    face,
+    gates_without_noise,  # noqa: F401 - a fixture
+    put_checkpoint,
+    said,
+    size_of,
+    uninterrupted_runs,
+    weights,
+)
+from training_helpers import Recorder, Rows, Texts, at_home, collate, no_dropout, spent_share, stack, trainer_for
+from transformers import TrainingArguments
+
+import hf_tokenprune as tp
+from hf_tokenprune.cost import dense_macs, trace_macs
+from hf_tokenprune.methods import infor_coef as module
+from hf_tokenprune.modeling.shapes import sizes_of
+from hf_tokenprune.schedule import Moment
+
+HEAD = "ForSequenceClassification"
+BOTH = tp.Schedule(dense=1, static=2, anneal=2, settle=1)
+DYNAMIC = tp.Schedule(dense=1, anneal=2, settle=1)
+
+
+def stages(**settings):
+    """Both stages in a few steps."""
+    return tp.InforCoef(**{"static_macs": 0.5, "target_macs": 0.3, "schedule": BOTH, **settings})
+
+
+def tokens(**settings):
+    """The dynamic stage alone."""
+    return tp.InforCoef(**{"static_macs": None, "target_macs": 0.5, "schedule": DYNAMIC, **settings})
+
+
+def offset_of(model):
+    """The offset of all samplers, which share one."""
+    (offset,) = {sampler.offset.item() for sampler in model.token_pruner.sites.values()}
+    return offset
+
+
+def weights_of(sampler):
+    return torch.cat([parameter.detach().flatten() for parameter in sampler.parameters()])
+
+
+def look(model):
+    """What a recorder remembers of each step."""
+    pruner = model.token_pruner
+    return size_of(model), sizes_of(model), offset_of(model), [weights_of(sampler) for sampler in pruner.sites.values()]
+
+
+# One run
+
+METHODS = {"stages": stages, "tokens": tokens, "lagrangian": lambda: stages(constraint="lagrangian")}
+STEPS = 48  # dense to step 8 and static to 24; or dense to 12; annealing to 40, or to 36
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of every method: the Trainer, what a recorder saw after each step, and the surgery."""
+    done = {}
+
+    def run(name):
+        if name not in done:
+            torch.manual_seed(0)
+            recorder = Recorder(look)
+            with pytest.MonkeyPatch.context() as patch:
+                surgery = Surgery(patch, collate(list(Texts(32, seed=1))))
+                trainer = trained(
+                    tmp_path_factory.mktemp("run"), METHODS[name](), callbacks=[recorder], max_steps=STEPS, logging_steps=2,
+                    eval_strategy="steps", eval_steps=8,
+                )  # fmt: skip
+            done[name] = trainer, recorder, surgery
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_run_goes_through_all_phases(runs, name):
+    trainer, recorder, surgery = runs(name)
+    phases = logged(trainer, "pruning_phase")
+    assert phases == sorted(phases)
+    assert set(phases) == ({0, 2, 3} if name == "tokens" else {0, 1, 2, 3})
+    sizes = [size for size, *_ in recorder.looks]
+    if name == "tokens":
+        assert set(sizes) == {size_of(build("bert", HEAD))}
+        return
+    assert set(sizes[:23]) == {sizes[0]}
+    assert set(sizes[23:]) == {sizes[-1]}
+    assert sizes[-1] < 0.8 * sizes[0]
+    surgery.assert_changes_nothing()
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    labels = collate(list(Texts(32, seed=1)))["labels"]
+    assert evaluated[24] == pytest.approx(torch.nn.functional.cross_entropy(surgery.gated, labels).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_samplers_keep_everything_and_learn_nothing_until_the_dynamic_stage_begins(runs, name):
+    _, recorder, _ = runs(name)
+    begins = 12 if name == "tokens" else 24
+    offsets = [offset for _, _, offset, _ in recorder.looks]
+    assert offsets[:begins] == [float("inf")] * begins
+    assert all(abs(offset) < 30 for offset in offsets[begins:])
+    assert min(offsets) < -1, "the untrained samplers keep with log-odds of 3.5"
+    last, learned = recorder.looks[begins - 2][3], recorder.looks[-1][3]
+    if name == "tokens":
+        assert all(torch.equal(one, other) for one, other in zip(recorder.looks[0][3], last, strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(last, learned, strict=False))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_log_holds_the_budget_and_every_loss(runs, name):
+    entries = [entry for entry in runs(name)[0].state.log_history if "loss" in entry]
+    assert len(entries) == STEPS // 2
+    always = {"macs_target", "macs_realised", "pruning_phase", "tokens_after_0"}
+    taught = {"distillation", "layer_distillation"}
+    of_static = {*taught, "soft_hard_gap", *({"lagrangian"} if name == "lagrangian" else ())}
+    of_anneal = {*taught, "soft_hard_gap", "macs_expected", "information_norm", "negative_entropy"}
+    plan = METHODS[name]().schedule
+    for number, entry in enumerate(entries, start=1):
+        phase, progress = plan.at(2 * number - 1, STEPS)
+        expected = {"dense": set(), "static": of_static, "anneal": of_anneal, "settle": taught}[phase]
+        if phase == "static" and (progress >= 0.15 or name == "lagrangian"):  # before, information is measured
+            expected = expected | {"macs_expected"}
+        assert always <= entry.keys()
+        assert (of_static | of_anneal | {"lagrangian"}) & entry.keys() == expected, (number, phase)
+        assert torch.tensor([entry[key] for key in expected | always]).isfinite().all()
+        if phase in ("dense", "static"):
+            assert entry["tokens_after_0"] == entry["tokens_after_2"] == 1
+    targets = [entry["macs_target"] for entry in entries]
+    assert all(b < a + 1e-3 for a, b in itertools.pairwise(targets)), "up to the lengths that were seen meanwhile"
+    assert targets[0] == 1
+    assert targets[-1] == METHODS[name]().target_macs
+    if name != "tokens":
+        assert targets[11] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_budget_is_met(runs, name):
+    """Samplers that have hardly learned decide much alike, so that a whole layer's tokens may hang on a bit of the offset."""
+    trainer, _, _ = runs(name)
+    target = METHODS[name]().target_macs
+    spent = spent_share(trainer.model, Texts())
+    assert target - 0.06 < spent < target + 0.04
+    assert logged(trainer, "macs_realised")[-1] == pytest.approx(target, abs=0.06)
+
+
+def test_evaluation_is_deterministic_and_tokens_are_gone_in_it(runs):
+    trainer, _, _ = runs("stages")
+    words = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        words.append(said(trainer.model, INPUTS))
+    assert torch.equal(words[0], words[1])
+    assert torch.equal(words[0], words[2])
+    outputs_of(trainer.model.eval(), INPUTS)
+    before = [sum(layer.arrived) for layer in trainer.model.token_pruner.trace]
+    assert before[0] > before[-1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_saved_model_opens_to_the_same_logits(runs, tmp_path, name):
+    trainer, _, _ = runs(name)
+    trainer.save_model(str(tmp_path))
+    opened = at_home(tp.from_pretrained(tmp_path))
+    assert torch.equal(outputs_of(opened, INPUTS)["logits"], outputs_of(at_home(trainer.model.eval()), INPUTS)["logits"])
+    assert offset_of(opened) == offset_of(trainer.model)
+    assert opened.config.token_pruning["method"]["name"] == "infor_coef"
+
+
+# Resume
+
+TOTAL, LEARNING = 18, 3e-3  # dense to step 3, surgery with step 9, annealing to 15
+RESUMED = {
+    "stages": stages,
+    "narrow": lambda: stages(parts=NARROW, static_macs=0.4, target_macs=0.25),
+    "no teacher, no budget": lambda: stages(teacher=None, target_macs=None, norm_weight=3.0),
+    "tokens": lambda: tokens(schedule=BOTH_WITHOUT_STATIC),
+}
+BOTH_WITHOUT_STATIC = tp.Schedule(dense=1, anneal=4, settle=1)
+KILLS = [("stages", step) for step in (2, 3, 4, 7, 9, 10, 13, 15, 16)] + [("narrow", step) for step in (7, 9, 13)]
+KILLS += [(name, step) for name in ("no teacher, no budget", "tokens") for step in (7, 13, 16)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return uninterrupted_runs(tmp_path_factory, RESUMED, TOTAL)
+
+
+@pytest.mark.parametrize(("name", "step"), KILLS, ids=[f"{name} {step}" for name, step in KILLS])
+def test_a_run_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tmp_path, name, step):
+    folder, model, _ = uninterrupted(name)
+    resumed = dropout_run(tmp_path, RESUMED[name](), put_checkpoint(folder, tmp_path, step, dense=3), steps=TOTAL)
+    assert len(logged(resumed, "loss")) == 4
+    assert_same_state(resumed.model.state_dict(), model.state_dict())
+
+
+def test_the_resumed_run_loses_hidden_units(uninterrupted):
+    assert sizes_of(uninterrupted("narrow")[1])[0] < 32
+
+
+@pytest.mark.parametrize("name", ["stages", "narrow"])
+@pytest.mark.parametrize("step", [7, 9, 13, TOTAL])
+def test_a_checkpoint_opens_as_the_model_that_was_training(uninterrupted, name, step):
+    folder, model, words = uninterrupted(name)
+    opened = at_home(tp.from_pretrained(folder / f"checkpoint-{step}"))
+    assert torch.equal(outputs_of(opened, INPUTS)["logits"], words[step - 1][1])
+    assert sizes_of(opened) == (DENSE_SIZES if step < 9 else sizes_of(model)) != (sizes_of(model) if step < 9 else DENSE_SIZES)
+    assert (offset_of(opened) == float("inf")) == (step <= 9)
+
+
+# The optimizer, accumulation, checkpointing, precision
+
+
+@pytest.mark.parametrize("name", ["stages", "narrow"])
+def test_the_optimizer_survives_surgery(tmp_path, name):
+    """The samplers' own weights are cut with the hidden units that they read."""
+    look = OptimizerOf()
+    trainer = trained(tmp_path, RESUMED[name](), callbacks=[look], max_steps=TOTAL)
+    held, kept, numbers = zip(*look.counts, strict=True)
+    assert numbers[8] < 0.95 * numbers[7]
+    assert held[8:] == (held[8],) * 10
+    assert kept[-1] == held[-1]
+    hidden = sizes_of(trainer.model)[0]
+    assert {sampler.hidden for sampler in trainer.model.token_pruner.sites.values()} == {hidden}
+    assert trainer.model.config.token_pruning["sites"][0]["selector"]["hidden"] == hidden
+
+
+@pytest.mark.usefixtures("gates_without_noise")
+@pytest.mark.parametrize(
+    "make", [stages, tokens, lambda: stages(target_macs=None, norm_weight=1.0)], ids=["both", "tokens", "free"]
+)
+def test_accumulating_two_micro_batches_is_one_batch(tmp_path, make):
+    """Of one text over and over, see `test_weights_training`. A budget moves the offset after each micro-batch, by half as much:
+    nearly the same."""
+    states, sizes = [], []
+    for accumulation in (1, 2):
+        trainer = trained(
+            tmp_path, make(), per_device_train_batch_size=8 // accumulation, data=[Texts(1, lengths=(17, 17))[0]] * 96,
+            max_steps=TOTAL, gradient_accumulation_steps=accumulation, max_grad_norm=0, optim="sgd", learning_rate=0.01,
+        )  # fmt: skip
+        state = trainer.model.state_dict()
+        for name in ("teacher", "start"):  # a fingerprint of the very bits; logarithms of tiny sums of squares
+            state.pop(f"token_pruner.training_state.{name}")
+        states.append(state)
+        sizes.append(sizes_of(trainer.model))
+    assert sizes[0] == sizes[1]
+    assert (sizes[0] != DENSE_SIZES) == (make().static_macs is not None)
+    offsets = [[state.pop(name) for name in list(state) if name.endswith("offset")] for state in states]
+    torch.testing.assert_close(*offsets, atol=0.3, rtol=0)
+    assert_close_state(*states, atol=1e-5 if make().target_macs is None else 0.02)
+
+
+@pytest.mark.parametrize("make", [stages, tokens], ids=["both", "tokens"])
+def test_activation_checkpointing_changes_nothing(tmp_path, make):
+    found = []
+    for asked in ({}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}):
+        torch.manual_seed(0)
+        trainer = trained(tmp_path, make(), model=build("bert", HEAD), max_steps=TOTAL, learning_rate=LEARNING, **asked)
+        assert trainer.model.is_activation_checkpointing == bool(asked)
+        found.append(trainer.model.state_dict())
+    assert_same_state(found[1], found[0])
+
+
+def test_bf16_trains_cuts_and_drops_tokens(tmp_path):
+    trainer = trained(tmp_path, stages(), max_steps=36, bf16=True, learning_rate=LEARNING)
+    assert sizes_of(trainer.model) != DENSE_SIZES
+    assert spent_share(trainer.model, Texts()) < 0.42
+    assert all(value.isfinite().all() for name, value in trainer.model.state_dict().items())
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+# Families
+
+IMAGES = "ForImageClassification"
+
+
+def patient(**settings):
+    """Both stages, with more time for the second."""
+    return stages(schedule=tp.Schedule(dense=1, static=2, anneal=4, settle=1), **settings)
+
+
+FAMILY_RUNS = {
+    "distilbert": ("distilbert", HEAD, classes, patient),
+    "modernbert": ("modernbert", HEAD, classes, patient),
+    "esm": ("esm", HEAD, classes, patient),
+    "images": ("vit", IMAGES, classes, patient),
+    "siglip": ("siglip", IMAGES, classes, lambda: patient(static_macs=0.6, target_macs=0.4)),
+    "siglip, tokens": ("siglip", IMAGES, classes, tokens),
+    "masked words": ("bert", "ForMaskedLM", some_words, patient),
+}
+
+
+@pytest.mark.parametrize("what", FAMILY_RUNS)
+def test_every_family_trains_and_opens_again(tmp_path, monkeypatch, what):
+    name, head, make_labels, make = FAMILY_RUNS[what]
+    inputs, look = make_inputs(name, head), OptimizerOf()
+    surgery = Surgery(monkeypatch, inputs)
+    model = build(name, head)
+    arguments = {"data": Rows(name, head, make_labels), "data_collator": stack, "max_steps": 24, "learning_rate": LEARNING}
+    trainer = trained(tmp_path / "run", make(), model=model, callbacks=[look], **arguments)
+    if make().static_macs is not None:
+        surgery.assert_changes_nothing()
+    assert torch.tensor([value for entry in trainer.state.log_history for value in entry.values()]).isfinite().all()
+    found = outputs_of(at_home(model.eval()), inputs)
+    lengths = model.token_pruner.trace[0].arrived
+    trace = model.token_pruner.trace
+    assert min(trace[-1].survived) >= 1
+    assert sum(trace[-1].entered) < sum(lengths), "tokens were dropped"
+    assert sum(trace_macs(model)) < (make().target_macs + 0.25) * sum(dense_macs(model, lengths))
+    trainer.save_model(str(tmp_path / "saved"))
+    opened = outputs_of(at_home(tp.from_pretrained(tmp_path / "saved")), inputs)
+    for key, value in found.items():
+        assert torch.equal(opened[key], value), key
+
+
+# The dynamic stage
+
+
+def test_tokens_of_a_model_that_was_cut_before_count_against_the_original(tmp_path):
+    trained(tmp_path / "first", weights(target_macs=0.5), max_steps=16).save_model(str(tmp_path / "cut"))
+    model = tp.from_pretrained(tmp_path / "cut")
+    sizes, whole = sizes_of(model), spent_share(model, Texts())
+    assert 0.36 < whole < 0.51
+    method = tokens(target_macs=0.25, schedule=tp.Schedule(dense=1, anneal=4, settle=1))
+    trainer = trained(tmp_path / "second", method, model=model, max_steps=STEPS, learning_rate=LEARNING)
+    assert sizes_of(model) == sizes
+    assert 0.19 < spent_share(model, Texts()) < 0.29
+    assert logged(trainer, "macs_realised")[0] == pytest.approx(whole, abs=0.01)
+    annealing = [entry["macs_target"] for entry in trainer.state.log_history if entry.get("pruning_phase") == 2]
+    assert 0.25 < annealing[0] < whole, "tightens from what the model spends"
+    trainer.save_model(str(tmp_path / "saved"))
+    opened = at_home(tp.from_pretrained(tmp_path / "saved"))
+    assert sizes_of(opened) == sizes
+    assert torch.equal(outputs_of(opened, INPUTS)["logits"], outputs_of(at_home(model.eval()), INPUTS)["logits"])
+
+
+@pytest.mark.parametrize("norm_weight", [0.0, 10.0])
+def test_without_a_budget_the_norm_term_makes_tokens_drop(tmp_path, norm_weight):
+    method = tp.InforCoef(
+        static_macs=None, norm_weight=norm_weight, entropy_weight=0.0, schedule=tp.Schedule(dense=0, anneal=1, settle=0)
+    )
+    trainer = trained(tmp_path, method, learning_rate=1e-2, lr_scheduler_type="constant", max_steps=30)
+    spent_share(trainer.model, Texts())
+    arrived, *left = [sum(layer.entered) for layer in trainer.model.token_pruner.trace][::3]
+    assert offset_of(trainer.model) == 0
+    assert not logged(trainer, "macs_target")[1:]
+    if norm_weight:
+        assert left[0] < 0.2 * sum(len(row["input_ids"]) for row in Texts())
+        norms = logged(trainer, "information_norm")
+        assert norms[-1] < 0.1 * norms[0]
+    else:
+        assert arrived == left[0]
+
+
+def test_samplers_cost_little_in_a_realistic_shape():
+    shape = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "num_hidden_layers": 2}
+    model = tp.TokenPruneCallback(tokens()).attach(build("bert", HEAD, **shape)).eval()
+    spent = []
+    for offset in (float("inf"), 0.0):  # without looking, and looking but keeping everything
+        model.token_pruner.objective._set_offset(offset)
+        outputs_of(model, INPUTS)
+        assert sum(model.token_pruner.trace[1].entered) == sum(model.token_pruner.trace[0].arrived)
+        spent.append(sum(trace_macs(model)))
+    assert 0 < spent[1] - spent[0] < 0.02 * spent[0]
+
+
+def anneal(model, progress=0.5):
+    """The objective of a model, in the middle of the dynamic stage."""
+    objective = model.token_pruner.objective
+    objective.start_run(1e-3, {"static": 10, "anneal": 10})
+    objective.moment = Moment("anneal", progress)
+    return objective
+
+
+def spread(model):
+    """Samplers that judge tokens differently."""
+    with torch.no_grad():
+        for sampler in model.token_pruner.sites.values():
+            sampler.net[4].weight.normal_(std=0.1)
+
+
+NAMES = [("bert", HEAD), ("distilbert", HEAD), ("modernbert", HEAD), ("vit", IMAGES), ("bert", "ForTokenClassification")]
+
+
+@pytest.mark.usefixtures("gates_without_noise")
+@pytest.mark.parametrize(("name", "head"), NAMES)
+def test_what_a_batch_would_spend_is_what_inference_spends(monkeypatch, name, head):
+    """Without noise training decides as inference does, so the expected cost at the present offset is the real one; and at the
+    offset that is solved for, the target is spent as far as tokens allow."""
+    costs = []
+
+    class Watched(module.SamplingCost):
+        def __init__(self, *args):
+            super().__init__(*args)
+            costs.append(self)
+
+    monkeypatch.setattr(module, "SamplingCost", Watched)
+    model = tp.TokenPruneCallback(tokens()).attach(build(name, head, **no_dropout(name)))
+    spread(model)
+    objective, inputs = anneal(model), make_inputs(name, head)
+    for offset in (0.0, -2.0, -4.0):
+        objective._set_offset(offset)
+        model.train()(**inputs)
+        objective._set_offset(offset)
+        outputs_of(model.eval(), inputs)
+        lengths = model.token_pruner.trace[0].arrived
+        expected = sum(trace_macs(model)) / sum(dense_macs(model, lengths))
+        assert costs[-1].share(offset) == pytest.approx(expected, rel=1e-6)
+    shares = [costs[-1].share(offset) for offset in (0.0, -1.0, -2.0, -3.0, -4.0, -30.0)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > shares[-1] + 0.2
+    for target in (0.3, 0.5, 0.7):
+        solved = costs[-1].offset_for(target)
+        assert costs[-1].share(solved) <= target <= costs[-1].share(solved + 1e-3) + 0.1
+    everything = costs[-1].offset_for(2.0)
+    assert costs[-1].share(everything) == pytest.approx(max(costs[-1].share(30.0), shares[0]), abs=0.02)
+    assert everything == pytest.approx(max(-costs[-1].margins.min().item(), 0), abs=1e-3), "no further than it takes"
+
+
+def test_sites_of_layers_that_are_removed_go(tmp_path):
+    """Layer 1 adds nothing to the residual stream, so it goes first; the others keep their samplers under new numbers."""
+    model = build("bert", HEAD)
+    with torch.no_grad():
+        for part in (model.bert.encoder.layer[1].attention.output, model.bert.encoder.layer[1].output):
+            part.dense.weight.zero_()
+    samplers = {}
+    recorder = Recorder(
+        lambda model: samplers.setdefault(len(model.token_pruner.sites), dict(model.token_pruner.sites.items()))
+    )
+    plan = tp.Schedule(dense=0, static=1, anneal=1, settle=1)
+    method = stages(parts=("blocks",), static_macs=0.65, target_macs=0.4, schedule=plan)
+    trained(tmp_path / "run", method, model=model, max_steps=18, learning_rate=1e-5, callbacks=[recorder])
+    assert sizes_of(model)[1:] == ([4] * 3, [48] * 3)
+    assert [site["layer"] for site in model.config.token_pruning["sites"]] == [0, 1, 2]
+    old, new = samplers[4], samplers[3]
+    assert [new[str(layer)] for layer in range(3)] == [old[str(layer)] for layer in (0, 2, 3)]
+    model.save_pretrained(tmp_path / "saved")
+    assert list(tp.from_pretrained(tmp_path / "saved").token_pruner.sites) == ["0", "1", "2"]
+
+
+# What a user may do, and may not
+
+WRONG = [
+    *(("static_macs", value) for value in (0, 1, -0.1, 1.5, float("nan"), True, "0.4")),
+    *(("target_macs", value) for value in (0, 1, True, "0.2", 0.4, 0.5)),  # 0.4 is static_macs
+    *(("norm_weight", value) for value in (-1, float("nan"), float("inf"), "1", None)),
+    *(("entropy_weight", value) for value in (-1, None)),
+    *(("layer_weight", value) for value in (-1, None)),
+    *(("distill_weight", value) for value in (-1, None)),
+    *(("width", value) for value in (0, -1, 2.0, True, "16", None, 10_001)),
+    *(("parts", value) for value in ((), "heads", ("head",))),
+    *(("constraint", value) for value in (None, "none")),
+    *(("gate_lr", value) for value in (0, -1)),
+    *(("teacher", value) for value in ("", 3)),
+    *(("schedule", value) for value in ((1, 2, 1), tp.Schedule())),  # no static phase for static_macs
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=[f"{name}={value!r}" for name, value in WRONG])
+def test_a_wrong_setting_is_refused_by_name(name, value):
+    with pytest.raises(tp.errors.ConfigError, match=name):
+        tp.InforCoef(**{"static_macs": 0.4, name: value})
+
+
+def test_a_static_phase_belongs_to_static_macs():
+    assert tp.InforCoef().schedule.static > 0
+    assert tp.InforCoef(static_macs=None).schedule.static == 0
+    with pytest.raises(tp.errors.ConfigError, match=r"schedule.*static_macs"):
+        tp.InforCoef(static_macs=None, schedule=BOTH)
+    for method in (tp.ToP, tp.StructuredPruning):
+        with pytest.raises(tp.errors.ConfigError, match=r"schedule.*static phase"):
+            method(target_macs=0.4, schedule=BOTH)
+
+
+REFUSED = {
+    "drops tokens": (stages, dropping, "drops tokens already"),
+    "drops tokens, no weights": (tokens, dropping, "drops tokens already"),
+    "hidden units of siglip": (
+        lambda: stages(parts=("hidden",)),
+        lambda: build("siglip", IMAGES),
+        "Hidden units cannot be cut",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_refused_and_the_model_left_as_it_was(tmp_path, what):
+    make, make_model, message = REFUSED[what]
+    model = make_model()
+    before = face(model)
+    with pytest.raises((tp.errors.ConfigError, tp.errors.UnsupportedModelError), match=message):
+        trainer_for(tmp_path, make(), model=model)
+    assert face(model) == before
+
+
+@pytest.mark.parametrize("make", [stages, tokens], ids=["both", "tokens"])
+def test_several_processes_are_refused(tmp_path, monkeypatch, make):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(tp.errors.TrainingError, match=r"several processes.*2 here"):
+        trainer_for(tmp_path, make())
+
+
+def test_a_run_too_short_for_its_static_phase_is_refused(tmp_path):
+    with pytest.raises(tp.errors.TrainingError, match=r"2 steps.*static"):
+        trained(tmp_path, stages(schedule=tp.Schedule(dense=5, static=0.1, anneal=5, settle=5)), max_steps=2)
+
+
+@pytest.mark.parametrize("best", [6, 16])
+def test_the_best_model_at_the_end_is_one_that_is_cut_and_meets_the_budget(tmp_path, best):
+    marks = iter([int(step == best) for step in range(3, TOTAL + 1)])
+    trainer = dropout_run(
+        tmp_path, stages(), steps=TOTAL, eval_strategy="steps", eval_steps=1, eval_delay=3, load_best_model_at_end=True,
+        metric_for_best_model="mark", compute_metrics=lambda _: {"mark": next(marks)},
+    )  # fmt: skip
+    assert trainer.state.best_global_step == (16 if best == 16 else 15)
+    assert sizes_of(trainer.model) != DENSE_SIZES
+
+
+def test_training_once_more_after_surgery_says_what_to_do_and_that_works(tmp_path):
+    """Its samplers are no reason to refuse a model: they begin anew."""
+    trainer = trained(tmp_path / "first", stages(), max_steps=TOTAL)
+    with pytest.raises(tp.errors.TrainingError, match="load the saved model"):
+        trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    recorder = Recorder(offset_of)
+    opened = tp.from_pretrained(tmp_path / "saved")
+    again = trained(tmp_path / "second", tokens(target_macs=0.25), model=opened, max_steps=TOTAL, callbacks=[recorder])
+    assert recorder.looks[0] == float("inf")
+    assert offset_of(again.model) < 0
+    again.train()
+    assert recorder.looks[TOTAL] == float("inf"), "without surgery a run may be started over"
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e-5])
+def test_gates_on_weights_move_at_their_own_rate(tmp_path, learning_rate):
+    """In the static stage, of which the rate is: 20 / 12 steps is more than 0.2, the most there is."""
+    gates = GatesOf()
+    plan = tp.Schedule(dense=0, static=2, anneal=1, settle=0)
+    trained(
+        tmp_path, stages(schedule=plan, constraint="lagrangian"), max_steps=18, lr_scheduler_type="constant",
+        learning_rate=learning_rate, callbacks=[gates],
+    )  # fmt: skip
+    moved = (gates.values[1] - gates.values[0]).abs()
+    assert moved.max() == pytest.approx(0.2, rel=0.02)

@@ -1,0 +1,645 @@
+"""Models whose weights were cut: they compute, save, open, cost and train what a model of that size does."""
+
+import copy
+import doctest
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from families import FAMILIES, LABELS, VOCAB, build, make_inputs, outputs_of
+from reference import Reference, Rule, share
+from test_cost import counted_macs
+from test_pruning import LENGTHS, SUMMARY, assert_same_samples
+from test_saving import INSIDE, outputs_as_given
+from training_helpers import at_home
+from transformers.utils import logging
+
+import hf_tokenprune as tp
+from hf_tokenprune import surgery
+from hf_tokenprune.modeling.architectures import find_encoder, get_layers
+from hf_tokenprune.modeling.modeling_token_pruned import resize
+from hf_tokenprune.modeling.selection import Skim
+from hf_tokenprune.modeling.shapes import settle_config, shape_map, sizes_of
+
+HEAD, TOKENS, IMAGES = "ForSequenceClassification", "ForTokenClassification", "ForImageClassification"
+H, A, F = 32, 4, 48  # hidden units, and heads (of 8) and FFN units of each of 4 layers
+
+
+def cuts(heads=None, units=None, hidden=None):
+    return {"heads": heads or [range(A)] * 4, "units": units or [range(F)] * 4, "hidden": hidden}
+
+
+CUTS = {
+    "mixed": cuts([[0, 2], [1], [], [3, 0]], [range(10), [], [], range(7, 40, 3)], range(0, H, 2)),
+    "heads and units": cuts([[0, 2], [1], [], [3, 0]], [range(10), [], range(3, 9), range(7, 40, 3)]),
+    "a layer": cuts([range(A), [], range(A), range(A)], [range(F), [], range(F), range(F)]),
+    "the first layer": cuts([[], *[range(A)] * 3], [[], *[range(F)] * 3]),
+    "units": cuts(units=[range(5, 25), range(20), range(28, 48), range(0, 40, 2)]),
+    "heads and hidden": cuts([[1, 3]] * 4, hidden=range(3, 19)),
+    "heads": cuts([[1, 3]] * 4),
+    "hidden": cuts(hidden=range(16)),
+    "an attention block": cuts([range(A), [], range(A), range(A)]),
+    "an FFN": cuts(units=[range(F), [], range(F), range(F)]),
+    "other units in one layer": cuts(units=[range(F), range(20), range(F), range(F)]),
+}
+
+
+def cut_model(name, head, what, sites=()):
+    """A model that drops tokens at the sites, or none, and has been cut."""
+    model = tp.attach(build(name, head), dict(sites))
+    full = sizes_of(model)[2]  # DINOv2 has more
+    units = [range(full[0]) if some == range(F) else some for some in CUTS[what]["units"]]
+    return resize(model, **{**CUTS[what], "units": units})
+
+
+def half():
+    return {0: tp.TopK(0.5), 1: tp.TopK(6), 2: tp.TopK(3)}
+
+
+def samplers():
+    return {layer: sampler(layer) for layer in range(4)}
+
+
+def sampler(seed):
+    torch.manual_seed(seed)
+    skim = Skim(H, width=5)
+    torch.nn.init.normal_(skim.net[4].weight, std=0.2)
+    skim.offset.fill_(-1.0)
+    return skim
+
+
+def assert_close(found, expected, atol=1e-5):
+    assert found.keys() == expected.keys()
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# Saved and opened.
+
+SAVED = {
+    f"{name} {head} {what}{'' if sites is dict else ' ' + sites.__name__}": (name, head, what, sites)
+    for name, head, what, sites in (
+        ("bert", HEAD, "mixed", dict),
+        ("bert", HEAD, "mixed", half),
+        ("bert", TOKENS, "mixed", samplers),
+        ("bert", HEAD, "a layer", half),
+        ("bert", "ForMaskedLM", "mixed", dict),
+        ("electra", "Model", "mixed", dict),
+        ("esm", TOKENS, "a layer", dict),
+        ("distilbert", "ForQuestionAnswering", "mixed", half),
+        ("distilbert", HEAD, "heads and hidden", dict),
+        ("modernbert", "ForMaskedLM", "mixed", dict),
+        ("modernbert", HEAD, "the first layer", dict),
+        ("modernbert", HEAD, "a layer", dict),
+        ("vit", IMAGES, "mixed", half),
+        ("vit", IMAGES, "heads", dict),
+        ("dinov2", "Model", "mixed", dict),
+        ("dinov2", IMAGES, "a layer", dict),
+        ("siglip", IMAGES, "heads and units", dict),
+        ("siglip", IMAGES, "units", half),
+    )
+}
+OPEN = (
+    INSIDE.partition("for name, files in")[0]
+    + """
+for name, files in json.load(open(f"{root}/table.json")).items():
+    @report(name)
+    def _():
+        inputs, expected = (torch.load(f"{root}/{files}.{part}") for part in ("inputs", "expected"))
+        model = load(f"{root}/{files}")
+        return {"class": type(model).__qualname__, "same": same(logits(model, inputs), expected)}
+
+reports["imports"] = [name for name in sys.modules if name.split(".")[0] == "hf_tokenprune"]
+json.dump(reports, open(f"{root}/reports.json", "w"))
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    """Every model of the table, saved here, opened in a process that cannot import this package: what it reports."""
+    root = tmp_path_factory.mktemp("outside")
+    table = {name: f"row{number}" for number, name in enumerate(SAVED)}
+    for name, files in table.items():
+        family, head, what, sites = SAVED[name]
+        model, inputs = cut_model(family, head, what, sites()), make_inputs(family, head)
+        model.save_pretrained(root / files)
+        torch.save(inputs, root / f"{files}.inputs")
+        torch.save(outputs_as_given(at_home(model), inputs), root / f"{files}.expected")
+    (root / "table.json").write_text(json.dumps(table))
+    (root / "open.py").write_text(OPEN)
+    home = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(Path(tp.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **home, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-W", "error", str(root / "open.py"), str(root)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root, env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads((root / "reports.json").read_text())
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_saved_cut_model_opens_without_this_package_to_the_same_logits(outside, name):
+    family, head, *_ = SAVED[name]
+    assert outside[name] == {"class": f"TokenPruned{FAMILIES[family].stem}{head}", "same": True}
+    assert outside["imports"] == ["hf_tokenprune"], "the None that keeps it out"
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_saved_cut_model_opens_with_this_package(tmp_path, name):
+    family, head, what, sites = SAVED[name]
+    model, inputs = cut_model(family, head, what, sites()), make_inputs(family, head)
+    model.save_pretrained(tmp_path / "once")
+    opened = tp.from_pretrained(tmp_path / "once")
+    opened.save_pretrained(tmp_path / "twice")
+    expected = outputs_of(at_home(model), inputs)
+    for again in (opened, tp.from_pretrained(tmp_path / "twice")):
+        assert type(again) is type(model)
+        assert sizes_of(again) == sizes_of(model)
+        assert again.config.token_pruning == model.config.token_pruning
+        assert_close(outputs_of(at_home(again), inputs), expected, atol=0)
+
+
+PLAIN = {  # which cuts a plain config can tell, by family
+    "bert": ("a layer", "the first layer", "units", "heads and hidden"),
+    "roberta": ("a layer", "the first layer", "units", "heads and hidden"),
+    "distilbert": ("a layer", "the first layer", "units", "heads and hidden"),
+    "vit": ("a layer", "the first layer", "units", "heads and hidden", "heads", "hidden"),
+    "modernbert": ("a layer", "units", "heads and hidden"),
+    "dinov2": ("heads",),
+    "siglip": ("a layer", "the first layer"),
+}
+TRIED = [(name, what) for name in PLAIN for what in CUTS if name != "siglip" or not CUTS[what]["hidden"]]
+
+
+@pytest.mark.parametrize(("name", "what"), TRIED)
+def test_a_plain_auto_model_opens_what_a_plain_config_can_tell_and_refuses_the_rest(tmp_path, caplog, name, what):
+    head = IMAGES if FAMILIES[name].images else HEAD
+    model, inputs = cut_model(name, head, what), make_inputs(name, head)
+    model.save_pretrained(tmp_path)
+    expected = outputs_of(model, inputs)
+    logger = logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        plain = getattr(hf, "AutoModel" + head).from_pretrained(tmp_path).eval()
+    except RuntimeError as error:
+        plain = str(error)
+    finally:
+        logger.removeHandler(caplog.handler)
+    if what in PLAIN[name]:
+        assert type(plain) is getattr(hf, FAMILIES[name].stem + head)
+        assert_close(outputs_of(plain, inputs), expected)
+        assert "LOAD REPORT" not in caplog.text
+        assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in model.parameters())
+    else:
+        assert isinstance(plain, str), "a plain class opened what it cannot hold"
+        assert "ismatch" in plain
+
+
+# Sizes.
+
+
+def parameters_of(name, hidden, layers):
+    """How many parameters a classifier of these sizes has."""
+    blocks = norms = 0
+    for heads, units in layers:
+        width = 8 * heads
+        blocks += (4 * hidden * width + 3 * width + hidden) * (heads > 0) + (2 * hidden * units + units + hidden) * (units > 0)
+        norms += 2 * hidden * (2 if name == "vit" else (heads > 0) + (units > 0))
+    rest = {
+        "bert": (VOCAB + 80 + 2) * hidden + 2 * hidden + hidden * hidden + hidden,
+        "distilbert": (VOCAB + 80) * hidden + 2 * hidden + hidden * hidden + hidden,
+        "vit": (1 + 37) * hidden + 3 * 16 * hidden + hidden + 2 * hidden,
+    }
+    return rest[name] + blocks + norms + LABELS * hidden + LABELS
+
+
+@pytest.mark.parametrize("what", CUTS)
+@pytest.mark.parametrize("name", ["bert", "distilbert", "vit"])
+def test_parameters_and_files_are_as_small_as_the_sizes_say(tmp_path, name, what):
+    head = IMAGES if name == "vit" else HEAD
+    dense = build(name, head)
+    assert sizes_of(dense) == (H, [A] * 4, [F] * 4)
+    before = sum(p.numel() for p in dense.parameters())
+    assert before == parameters_of(name, H, [(A, F)] * 4)
+    model, wanted = cut_model(name, head, what), CUTS[what]
+    left = [(len(a), len(f)) for a, f in zip(wanted["heads"], wanted["units"], strict=True) if len(a) + len(f)]
+    hidden = H if wanted["hidden"] is None else len(wanted["hidden"])
+    assert sizes_of(model) == (hidden, [a for a, _ in left], [f for _, f in left])
+    count = sum(p.numel() for p in model.parameters())
+    assert count == parameters_of(name, hidden, left) < before
+    model.save_pretrained(tmp_path)
+    file = (tmp_path / "model.safetensors").read_bytes()
+    assert len(file) == 8 + int.from_bytes(file[:8], "little") + 4 * count
+
+
+MAPS = {
+    "mixed": (16, [(0, 2, 10), (1, 1, 0), (3, 2, 11)], {}),
+    "heads and units": (H, [(0, 2, 10), (1, 1, 0), (2, 0, 6), (3, 2, 11)], {}),
+    "a layer": (H, [(0, A, F), (1, A, F), (2, A, F)], {"num_hidden_layers": 4}),
+    "units": (H, [(layer, A, 20) for layer in range(4)], {"intermediate_size": F}),
+    "heads and hidden": (16, [(layer, 2, F) for layer in range(4)], {"hidden_size": H, "num_attention_heads": A}),
+}
+
+
+@pytest.mark.parametrize("what", MAPS)
+def test_the_shape_map_says_what_is_left_and_what_was(what):
+    hidden, layers, dense = MAPS[what]
+    model = cut_model("bert", HEAD, what)
+    layers = [{"layer": layer, "heads": heads, "units": units} for layer, heads, units in layers]
+    assert model.config.token_pruning["shapes"] == {"hidden": hidden, "layers": layers, "dense": dense, "restore": {}}
+    config = model.config
+    assert (config.hidden_size, config.num_hidden_layers) == ((hidden, len(layers)) if dense else (H, 4))
+    assert "shapes" not in tp.pack(build("bert", HEAD)).config.token_pruning
+
+
+def test_the_rest_of_the_weights_stays_where_it_was():
+    model, dense = cut_model("bert", HEAD, "mixed"), build("bert", HEAD)
+    hidden, last = torch.arange(0, H, 2), dense.bert.encoder.layer[3]
+    mine = model.bert.encoder.layer[2]
+    heads, units = torch.cat([torch.arange(24, 32), torch.arange(8)]), torch.arange(7, 40, 3)
+    assert torch.equal(mine.attention.self.key.weight, last.attention.self.key.weight[heads][:, hidden])
+    assert torch.equal(mine.attention.output.dense.weight, last.attention.output.dense.weight[hidden][:, heads])
+    assert torch.equal(mine.intermediate.dense.weight, last.intermediate.dense.weight[units][:, hidden])
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, dense.bert.embeddings.word_embeddings.weight[:, hidden])
+    assert torch.equal(model.bert.pooler.dense.weight, dense.bert.pooler.dense.weight[hidden][:, hidden])
+
+
+# Cut again, packed, detached, copied.
+
+TWICE = {
+    "again": (
+        CUTS["mixed"],
+        {"heads": [[1], [0], [0, 1]], "units": [range(5), [], [1, 2]], "hidden": range(8)},
+        cuts([[2], [1], [], [3, 0]], [range(5), [], [], [10, 13]], range(0, 16, 2)),
+    ),
+    "another layer": (
+        CUTS["mixed"],
+        {"heads": [[], [0], [1]], "units": [[], [], [0]]},
+        cuts([[], [1], [], [0]], [[], [], [], [7]], range(0, H, 2)),
+    ),
+    "after a layer": (
+        CUTS["a layer"],
+        {"heads": [[1, 3], [], [0]], "units": [range(F), range(9), []], "hidden": range(4, 20)},
+        cuts([[1, 3], [], [], [0]], [range(F), [], range(9), []], range(4, 20)),
+    ),
+    "two layers": (
+        CUTS["a layer"],
+        {"heads": [range(A), [], range(A)], "units": [range(F), [], range(F)]},
+        cuts([range(A), [], [], range(A)], [range(F), [], [], range(F)]),
+    ),
+    "uniform twice": (
+        CUTS["heads and hidden"],
+        {"heads": [[1]] * 4, "units": [range(9)] * 4, "hidden": range(8)},
+        cuts([[3]] * 4, [range(9)] * 4, range(3, 11)),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TWICE)
+@pytest.mark.parametrize(("name", "head"), [("bert", HEAD), ("distilbert", "Model"), ("modernbert", TOKENS), ("vit", IMAGES)])
+def test_cutting_twice_is_cutting_once(tmp_path, name, head, what):
+    first, second, both = TWICE[what]
+    inputs = make_inputs(name, head)
+    twice = resize(resize(tp.pack(build(name, head)), **first), **second)
+    once = resize(tp.pack(build(name, head)), **both)
+    expected = outputs_of(once, inputs)
+    assert_close(outputs_of(twice, inputs), expected, atol=0)
+    assert sizes_of(twice) == sizes_of(once)
+    assert tp.cost.dense_macs(twice, [7, 12]) == tp.cost.dense_macs(build(name, head), [7, 12])
+    twice.save_pretrained(tmp_path)
+    opened = at_home(tp.from_pretrained(tmp_path))
+    assert tp.cost.dense_macs(opened, [7, 12]) == tp.cost.dense_macs(build(name, head), [7, 12])
+    assert_close(outputs_of(opened, inputs), expected, atol=0)
+    _, heads, units = sizes_of(once)
+    third = {"heads": [range(min(n, 1)) for n in heads], "units": list(map(range, units))}
+    assert_close(outputs_of(resize(opened, **third), inputs), outputs_of(resize(once, **third), inputs), atol=0)
+
+
+@pytest.mark.parametrize("what", ["mixed", "a layer"])
+@pytest.mark.parametrize(("name", "head"), [("bert", HEAD), ("distilbert", HEAD), ("modernbert", HEAD), ("vit", IMAGES)])
+def test_a_cut_model_can_be_detached_packed_again_and_copied(name, head, what):
+    model, inputs = cut_model(name, head, what), make_inputs(name, head)
+    expected, settings = outputs_of(model, inputs), copy.deepcopy(model.config.token_pruning)
+    dense = tp.detach(copy.deepcopy(model))
+    assert type(dense) is getattr(hf, FAMILIES[name].stem + head)
+    assert not hasattr(dense.config, "token_pruning")
+    assert_close(outputs_of(dense, inputs), expected)
+    twin = tp.pack(copy.deepcopy(dense))
+    assert twin.config.token_pruning == settings
+    assert_close(outputs_of(twin, inputs), expected, atol=0)
+    _, heads, units = sizes_of(twin)
+    resize(twin, heads=[[0] if n else [] for n in heads], units=[range(n) for n in units])
+    assert sizes_of(twin)[1] == [min(n, 1) for n in heads] != heads
+    assert_close(outputs_of(model, inputs), expected, atol=0)
+    assert model.config.token_pruning == settings
+
+
+# Cost.
+
+
+COUNTED = [("bert", TOKENS), ("bert", HEAD), ("distilbert", HEAD), ("modernbert", "Model"), ("vit", IMAGES), ("siglip", IMAGES)]
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "what"),
+    [(*case, what) for case in COUNTED for what in CUTS if case[0] != "siglip" or not CUTS[what]["hidden"]],
+)
+def test_macs_of_a_cut_model_are_those_that_run(name, head, what):
+    possible = tp.pack(build(name, head)).token_pruner.possible_sites()
+    sites = {layer: selector for layer, selector in half().items() if layer in possible}
+    dense = build(name, head)
+    before, least = tp.cost.dense_macs(dense, [7, 12]), tp.cost.padded_macs(dense, 2, 40)
+    model = cut_model(name, head, what, sites)
+    counted = counted_macs(model, make_inputs(name, head))
+    assert tp.cost.trace_macs(model) == counted
+    assert tp.cost.dense_macs(model, [7, 12]) == before
+    assert tp.cost.padded_macs(model, 2, 40) == least
+
+
+@pytest.mark.parametrize(("name", "norm"), [("bert", 0), ("distilbert", 0), ("vit", 2 * H)])
+def test_a_block_that_is_gone_has_no_weights_and_costs_nothing(name, norm):
+    head = IMAGES if name == "vit" else HEAD
+    for what, expected in (("an attention block", (2 * H * F, 0)), ("an FFN", (4 * H * H, 2 * H))):
+        model = cut_model(name, head, what)
+        family, encoder = find_encoder(model)
+        layer = get_layers(family, encoder)[1]
+        gone = layer.get_submodule(family.attention if "attention" in what else family.ffn)
+        assert not list(gone.parameters())
+        weights = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+        vectors = sum(p.numel() for p in layer.parameters() if p.dim() == 1)
+        assert weights == expected[0]
+        assert vectors == norm + 2 * H + (F + H if "attention" in what else 4 * H)
+        shape = tp.cost.layer_shapes(model)[1]
+        assert (shape.before + shape.after, shape.attention) == expected
+        block = tp.cost.block_shapes(model)[1]
+        assert (sum(block.attention), block.pairs, block.ffn) == (
+            (0, 0, expected[0]) if "attention" in what else (4 * H * H, 2 * H, 0)
+        )
+
+
+# Dropping tokens.
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "esm", "vit", "siglip"])
+def test_tokens_are_dropped_from_a_cut_model_as_from_a_masked_one(name):
+    head = IMAGES if FAMILIES[name].images else TOKENS
+    inputs, sites = make_inputs(name, head, LENGTHS), (0, 1, 3) if name != "vit" else (0, 1)
+    smaller = cuts(
+        [[0, 2], [1], [], [3, 0]], [range(10), [], range(3, 9), range(7, 40, 3)], range(20) if name != "siglip" else None
+    )
+    model = resize(tp.attach(build(name, head), {layer: tp.TopK(0.5) for layer in sites}), **smaller)
+    dense = tp.detach(copy.deepcopy(model))
+    dense.config._attn_implementation = "eager"
+    reference = Reference(dense, dict.fromkeys(sites, Rule(share(0.5), SUMMARY[name])))
+    with torch.no_grad():
+        assert_same_samples(model(**inputs), reference, inputs)
+    assert sum(model.token_pruner.trace[3].survived) < sum(model.token_pruner.trace[0].entered) / 2
+
+
+def test_sites_need_attention_and_move_with_their_layers():
+    model = tp.attach(build("bert", TOKENS), {layer: tp.TopK(0.5 + layer / 10) for layer in range(4)})
+    resize(model, **cuts([[], [], [0], range(A)], [[], range(F), range(F), range(F)]))
+    pruner = model.token_pruner
+    assert {layer: site.share for layer, site in pruner.sites.items()} == {"1": 0.7, "2": 0.8}
+    assert model.config.token_pruning["sites"] == [
+        {"layer": 1, "selector": {"kind": "top_k", "keep": 0.7}},
+        {"layer": 2, "selector": {"kind": "top_k", "keep": 0.8}},
+    ]
+    assert pruner.possible_sites() == [1, 2]
+    outputs_of(model, make_inputs("bert", TOKENS, LENGTHS))
+    assert pruner.trace[0].survived == pruner.trace[0].entered
+    assert sum(pruner.trace[2].survived) < sum(pruner.trace[1].survived) < sum(pruner.trace[0].survived)
+    with pytest.raises(tp.errors.ConfigError, match="Layers without attention cannot rank"):
+        tp.attach(model, {0: tp.TopK(0.5)})
+    assert tp.attach(model, {0: Skim(H)}).token_pruner.site(0).idle
+
+
+# What is damaged or makes no sense.
+
+LAYER = {"layer": 0, "heads": 2, "units": 10}
+
+
+def layers(*entries):
+    return {"layers": [{**LAYER, **entry} for entry in entries]}
+
+
+DAMAGED = {
+    "a list": [],
+    "nothing": None,
+    "empty": {},
+    "an unknown key": {"colour": "red"},
+    "no hidden units": {"hidden": 0},
+    "hidden as text": {"hidden": "16"},
+    "hidden as bool": {"hidden": True},
+    "hidden beyond the model": {"hidden": H + 1},
+    "hidden beyond memory": {"hidden": 2**40},
+    "hidden below that": {"hidden": 2**31 - 1},
+    "no layers": {"layers": []},
+    "layers as a number": {"layers": 3},
+    "a layer as a number": {"layers": [3]},
+    "a layer without units": {"layers": [{"layer": 0, "heads": 2}]},
+    "a layer with more": layers({"colour": "red"}),
+    "heads as a float": layers({"heads": 2.0}),
+    "heads below 0": layers({"heads": -1}),
+    "more heads than there are": layers({"heads": A + 1}),
+    "heads beyond memory": layers({"heads": 2**30}),
+    "more units than there are": layers({"units": F + 1}),
+    "units beyond memory": layers({"units": 2**62}),
+    "an empty layer": layers({"heads": 0, "units": 0}),
+    "layers out of order": layers({"layer": 2}, {"layer": 1}),
+    "a layer twice": layers({"layer": 2}, {"layer": 2}),
+    "a layer beyond": layers({"layer": 4}),
+    "a layer far beyond": layers({"layer": 2**30}),
+    "a layer below 0": layers({"layer": -1}),
+    "dense as a list": {"dense": []},
+    "dense of another size": {"dense": {"vocab_size": 5}},
+    "dense in words": {"dense": {"hidden_size": "32"}},
+    "dense layer types": {"dense": {"layer_types": [1]}},
+    "dense smaller than what is left": {"dense": {"hidden_size": 8}},
+    "dense beyond memory": {"dense": {"intermediate_size": 2**31 - 1}},
+    "dense layers without end": {"dense": {"num_hidden_layers": 10**5}},
+    "restore of another size": {"restore": {"vocab_size": 5}},
+    "restore as a list": {"restore": []},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_shape_map_is_refused_before_any_memory_is_taken(tmp_path, damage):
+    model = cut_model("bert", HEAD, "mixed")
+    good, change = model.config.token_pruning, DAMAGED[damage]
+    broken = {**good["shapes"], **change} if change else change
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["token_pruning"]["shapes"] = broken
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(tp.errors.ConfigError, match=r"config\.token_pruning"):
+        tp.from_pretrained(tmp_path)
+    made = type(model.config).from_dict({**model.config.to_dict(), "token_pruning": {**good, "shapes": broken}})
+    with pytest.raises(tp.errors.ConfigError, match=r"config\.token_pruning"):
+        type(model)(made)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+NOTHING = {
+    "no layer": {"heads": [[]] * 4, "units": [[]] * 4},
+    "no hidden unit": {"heads": [range(A)] * 4, "units": [range(F)] * 4, "hidden": []},
+}
+
+
+@pytest.mark.parametrize("what", NOTHING)
+def test_nothing_left_is_refused_and_the_model_stays(what):
+    model, inputs = tp.attach(build("bert", TOKENS), {1: tp.TopK(0.5)}), make_inputs("bert", TOKENS)
+    expected = outputs_of(model, inputs)
+    with pytest.raises(tp.errors.ConfigError, match="Nothing would be left"):
+        resize(model, **NOTHING[what])
+    assert_close(outputs_of(model, inputs), expected, atol=0)
+    assert shape_map(model) is None
+
+
+def test_hidden_units_of_a_family_that_has_none_to_cut_are_refused_and_the_model_stays():
+    model, inputs = tp.pack(build("siglip", IMAGES)), make_inputs("siglip", IMAGES)
+    expected = outputs_of(model, inputs)
+    with pytest.raises(tp.errors.UnsupportedModelError, match="Hidden units"):
+        resize(model, **CUTS["mixed"])
+    assert_close(outputs_of(model, inputs), expected, atol=0)
+    assert shape_map(model) is None
+
+
+def test_layers_that_are_built_otherwise_are_refused():
+    model = build("dinov2", "Model", use_swiglu_ffn=True)
+    with pytest.raises(tp.errors.UnsupportedModelError, match="not built like"):
+        sizes_of(model)
+    with pytest.raises(tp.errors.UnsupportedModelError, match="not built like"):
+        tp.StructuredPruning(target_macs=0.5).attach(model)
+
+
+def test_a_family_that_sets_no_ffn_size_can_be_cut(tmp_path):
+    """DINOv2's FFN is a multiple of its hidden size; the tiny config of the other tests has a size that it does not read."""
+    config = hf.Dinov2Config(image_size=24, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model, inputs = tp.pack(hf.Dinov2Model(config).eval()), make_inputs("dinov2", "Model")
+    resize(model, heads=[[0, 2]] * 2, units=[range(128)] * 2)
+    assert settle_config(model)
+    model.save_pretrained(tmp_path)
+    assert_close(outputs_of(at_home(tp.from_pretrained(tmp_path)), inputs), outputs_of(model, inputs), atol=0)
+
+
+# In mid-run.
+
+
+def trained(model, optimizer, steps=2):
+    """A few steps, without gradients left behind."""
+    inputs = make_inputs("bert", TOKENS)
+    labels = (inputs["input_ids"] % LABELS).masked_fill(inputs["attention_mask"] == 0, -100)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**inputs, labels=labels).loss
+        (loss + sum(p.square().sum() for site in model.token_pruner.sites.values() for p in site.parameters())).backward()
+        optimizer.step()
+    return model
+
+
+def operated(make):
+    """A model and its optimizer, two groups of parameters, before and after surgery. And what was before."""
+    model = tp.attach(build("bert", TOKENS), samplers())
+    for site in model.token_pruner.sites.values():
+        site.offset.fill_(10.0)
+    vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) is big] for big in (False, True))
+    optimizer = make([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+    trained(model, optimizer)
+    before = {
+        name: (parameter, parameter.detach().clone(), copy.deepcopy(optimizer.state[parameter]))
+        for name, parameter in model.named_parameters()
+    }
+    surgery.operate(model, **CUTS["mixed"], optimizer=optimizer)
+    return model, optimizer, before
+
+
+OPTIMIZERS = {
+    "Adam": lambda groups: torch.optim.Adam(groups, lr=1e-3, amsgrad=True),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1),
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9),
+}
+HEADS = [*range(24, 32), *range(8)]
+LEFT = {  # name after surgery: name before it, and what is left of each dimension
+    "bert.encoder.layer.2.attention.self.query.weight": ("3", HEADS, range(0, H, 2)),
+    "bert.encoder.layer.2.attention.self.query.bias": ("3", HEADS),
+    "bert.encoder.layer.2.attention.output.dense.weight": ("3", range(0, H, 2), HEADS),
+    "bert.encoder.layer.0.intermediate.dense.weight": ("0", range(10), range(0, H, 2)),
+    "bert.encoder.layer.0.intermediate.dense.bias": ("0", range(10)),
+    "bert.encoder.layer.2.output.dense.weight": ("3", range(0, H, 2), range(7, 40, 3)),
+    "bert.encoder.layer.1.attention.output.LayerNorm.bias": ("1", range(0, H, 2)),
+    "bert.embeddings.word_embeddings.weight": ("", range(VOCAB), range(0, H, 2)),
+    "classifier.weight": ("", range(LABELS), range(0, H, 2)),
+    "classifier.bias": ("", range(LABELS)),
+    "token_pruner.sites.2.net.0.weight": ("3", range(0, H, 2)),
+    "token_pruner.sites.2.net.1.weight": ("3", range(5), range(0, H, 2)),
+    "token_pruner.sites.2.net.4.weight": ("3", range(2), range(5)),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_moments_are_cut_like_their_parameters(make):
+    model, optimizer, before = operated(OPTIMIZERS[make])
+    parameters = dict(model.named_parameters())
+    for name, (layer, *dims) in LEFT.items():
+        parameter = parameters[name]
+        was, value, state = before[name.replace(".2.", f".{layer}.") if layer else name]
+        assert parameter is was
+        assert state.keys() == optimizer.state[parameter].keys()
+        moments = [key for key, moment in state.items() if isinstance(moment, torch.Tensor) and moment.dim()]
+        assert len(moments) == {"Adam": 3, "AdamW": 2, "SGD": 1}[make]
+        for old, new in ((value, parameter), *((state[key], optimizer.state[parameter][key]) for key in moments)):
+            for dim, index in enumerate(dims):
+                old = old.index_select(dim, torch.tensor(list(index)))
+            assert torch.equal(new, old), name
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_the_optimizer_goes_on_as_one_of_the_small_model(make):
+    model, optimizer, before = operated(OPTIMIZERS[make])
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(held) == len(set(held)) < len(before)
+    assert set(held) == set(model.parameters()) == set(optimizer.state)
+    assert [group["weight_decay"] == 0 for group in optimizer.param_groups] == [make != "AdamW", True]
+    twin = copy.deepcopy(model)
+    mine = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in mine.items()}
+    theirs = dict(twin.named_parameters())
+    other = OPTIMIZERS[make](
+        [{**group, "params": [theirs[names[p]] for p in group["params"]]} for group in optimizer.param_groups]
+    )
+    for name, parameter in theirs.items():
+        other.state[parameter] = copy.deepcopy(optimizer.state[mine[name]])
+    start = {name: parameter.detach().clone() for name, parameter in mine.items()}
+    trained(model, optimizer)
+    trained(twin, other)
+    for name, parameter in theirs.items():
+        assert torch.equal(mine[name], parameter), name
+    assert not torch.equal(mine["classifier.weight"], start["classifier.weight"])
+    assert not torch.equal(mine["bert.encoder.layer.2.output.dense.weight"], start["bert.encoder.layer.2.output.dense.weight"])
+
+
+def test_moments_of_another_form_begin_anew():
+    model, optimizer, before = operated(lambda groups: torch.optim.Adafactor(groups, lr=1e-3))
+    assert "row_var" in before["classifier.weight"][2]
+    assert model.classifier.weight not in optimizer.state
+    assert torch.equal(optimizer.state[model.classifier.bias]["variance"], before["classifier.bias"][2]["variance"])
+    trained(model, optimizer)
+    assert "row_var" in optimizer.state[model.classifier.weight]
+
+
+def test_surgery_without_an_optimizer():
+    model, inputs = tp.pack(build("bert", HEAD)), make_inputs("bert", HEAD)
+    surgery.operate(model, **CUTS["mixed"])
+    assert_close(outputs_of(model, inputs), outputs_of(cut_model("bert", HEAD, "mixed"), inputs), atol=0)
+
+
+def test_examples_in_the_docstrings():
+    assert doctest.testmod(surgery).failed == 0
