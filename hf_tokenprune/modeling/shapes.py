@@ -429,7 +429,7 @@ def settle_config(model):
     if _adopt_plain_config(model):
         return True
     if not _clashes(model):
-        steps = {name: 1 for name in FFN_SIZES} if any(sizes_of(model)[2]) else {"hidden_size": config.num_attention_heads}
+        steps = dict.fromkeys(FFN_SIZES, 1) if any(sizes_of(model)[2]) else {"hidden_size": config.num_attention_heads}
         name = next(
             name
             for name, step in steps.items()
