@@ -111,16 +111,19 @@ def test_one_run_goes_through_all_phases(runs, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_samplers_keep_everything_and_learn_nothing_until_the_dynamic_stage_begins(runs, name):
+def test_samplers_keep_everything_until_the_dynamic_stage_begins(runs, name):
     _, recorder, _ = runs(name)
-    begins = 12 if name == "tokens" else 24
+    plan = METHODS[name]().schedule
+    looking_on = module.InforCoefObjective.FORESEES if name == "tokens" else 0.0
+    moments = [plan.at(step, STEPS) for step in range(STEPS)]
+    begins = next(step for step, (phase, progress) in enumerate(moments) if phase == "anneal" and progress >= looking_on)
     offsets = [offset for _, _, offset, _ in recorder.looks]
     assert offsets[:begins] == [float("inf")] * begins
     assert all(abs(offset) < 30 for offset in offsets[begins:])
     assert min(offsets) < -1, "the untrained samplers keep with log-odds of 3.5"
+    dense = plan.start("static", STEPS)
     last, learned = recorder.looks[begins - 2][3], recorder.looks[-1][3]
-    if name == "tokens":
-        assert all(torch.equal(one, other) for one, other in zip(recorder.looks[0][3], last, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(recorder.looks[0][3], recorder.looks[dense - 1][3], strict=True))
     assert not any(torch.equal(one, other) for one, other in zip(last, learned, strict=False))
 
 
@@ -135,7 +138,12 @@ def test_the_log_holds_the_budget_and_every_loss(runs, name):
     plan = METHODS[name]().schedule
     for number, entry in enumerate(entries, start=1):
         phase, progress = plan.at(2 * number - 1, STEPS)
-        expected = {"dense": set(), "static": of_static, "anneal": of_anneal, "settle": taught}[phase]
+        if phase == "anneal" and name == "tokens" and progress < module.InforCoefObjective.FORESEES:
+            of_anneal_now = {*taught, "soft_hard_gap"}
+            assert entry["foresight"] > 0
+        else:
+            of_anneal_now = of_anneal
+        expected = {"dense": set(), "static": of_static, "anneal": of_anneal_now, "settle": taught}[phase]
         if phase == "static" and (progress >= 0.15 or name == "lagrangian"):  # before, information is measured
             expected = expected | {"macs_expected"}
         assert always <= entry.keys()
@@ -341,10 +349,10 @@ def test_tokens_of_a_model_that_was_cut_before_count_against_the_original(tmp_pa
     method = tokens(target_macs=0.25, schedule=tp.Schedule(dense=1, anneal=4, settle=1))
     trainer = trained(tmp_path / "second", method, model=model, max_steps=STEPS, learning_rate=LEARNING)
     assert sizes_of(model) == sizes
-    assert 0.19 < spent_share(model, Texts()) < 0.29
+    assert 0.19 < spent_share(model, Texts()) < 0.31
     assert logged(trainer, "macs_realised")[0] == pytest.approx(whole, abs=0.01)
     annealing = [entry["macs_target"] for entry in trainer.state.log_history if entry.get("pruning_phase") == 2]
-    assert 0.25 < annealing[0] < whole, "tightens from what the model spends"
+    assert 0.25 < annealing[-1] < annealing[len(annealing) // 2] < annealing[0] <= whole, "tightens from what the model spends"
     trainer.save_model(str(tmp_path / "saved"))
     opened = at_home(tp.from_pretrained(tmp_path / "saved"))
     assert sizes_of(opened) == sizes

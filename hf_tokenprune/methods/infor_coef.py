@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..gates import sample_straight_through
 from ..losses import information_norm, negative_entropy
 from ..modeling.modeling_token_pruned import attach, is_token_pruned
-from ..modeling.selection import Skim, most_important
+from ..modeling.selection import Skim, most_important, relative_rank
 from ..schedule import Schedule, ramp
 from .gated import BudgetedGates, GatedMethod, check_schedule, is_number, plain_settings
 from .structured import StructuredObjective, StructuredPruning, WeightGates
@@ -34,6 +34,10 @@ class InforCoef(GatedMethod):
     asked for. The logit of keeping then gets one offset. In each step it goes a part of the way to where what would be kept at
     inference spends the target, which tightens linearly over four fifths of the annealing; while settling it follows slowly.
     So the target is met about, not exactly.
+
+    Under a budget, a sampler that cannot tell tokens apart can only drop all or none. So samplers first learn to foresee the
+    attention that each token will receive in their layer, while everything is kept: in the static phase, or in the first fifth of
+    the annealing.
 
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's, weights and tokens together; None = what
@@ -114,7 +118,7 @@ class InforCoef(GatedMethod):
             model, weights, Budget(model, sites=[]),
             target=self.static_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=bool(weights),
         )  # fmt: skip
-        helpers = self.layer_distillation(model, gates.state, matched=bool(weights))
+        helpers = [*self.layer_distillation(model, gates.state, matched=bool(weights)), Foresight()]
         return InforCoefObjective(model, self, gates, helpers=helpers)
 
 
@@ -141,12 +145,56 @@ class SoftSkim:
         return margin.masked_fill(self.protected, float("inf"))
 
 
+class Foresight:
+    """Teaches samplers, while every token is there, to foresee which tokens their layer will attend to.
+
+    The margin by which keeping wins is to fall with a token's relative rank, from `2 * FIRST` to 0: all are kept still, the least
+    important the most barely.
+    """
+
+    FIRST = 3.5
+
+    def start_run(self):
+        """There is nothing to begin anew."""
+
+    def prepare(self, objective):
+        if objective.foresees:
+            objective.pruner.remembers = True
+            objective.pruner.watched = frozenset(
+                layer for layer in objective.samplers() if objective.pruner.with_attention[layer]
+            )
+
+    def losses(self, objective):
+        if not objective.foresees:
+            return {}
+        terms = []
+        for layer in objective.pruner.watched:
+            call = objective.pruner.last_forward.calls[layer]
+            protected = call.batch.places < objective.pruner.family.summary_tokens
+            _, rank = relative_rank(call.importance, call.batch, protected)
+            logits = objective.samplers()[layer].logits(call.entered[0].detach())
+            missed = logits[:, 1] - logits[:, 0] - 2 * self.FIRST * (1 - rank)
+            terms.append(missed[~protected].square().mean() / self.FIRST**2)
+        return {"foresight": torch.stack(terms).mean()} if terms else {}
+
+
 class InforCoefObjective(StructuredObjective):
     """See `InforCoef`."""
+
+    FORESEES = 0.2  # the part of the annealing in which samplers only learn to foresee, where there is no static phase
 
     def __init__(self, model, config, gates, helpers):
         super().__init__(model, config, gates, helpers=helpers, phase="static")
         self.looks = {}
+
+    @property
+    def foresees(self):
+        """Do samplers only look on?"""
+        if self.config.target_macs is None:
+            return False
+        if self.gates.parts:
+            return self.moment.phase == "static"
+        return self.moment.phase == "anneal" and self.moment.progress < self.FORESEES
 
     def samplers(self):
         """The samplers by layer."""
@@ -173,6 +221,8 @@ class InforCoefObjective(StructuredObjective):
         if final is None:
             return None
         progress = self.moment.progress if self.moment.phase == "anneal" else 1.0
+        if not self.gates.parts:
+            progress = max(progress - self.FORESEES, 0.0) / (1 - self.FORESEES)
         return max(ramp(progress, self.config.static_macs or self.gates.everything(), final, warm=0.8), final)
 
     def state(self):
@@ -181,7 +231,7 @@ class InforCoefObjective(StructuredObjective):
     def open_gates(self):
         super().open_gates()
         self.looks = {}
-        if self.moment.phase == "anneal":
+        if self.moment.phase == "anneal" and not self.foresees:
             samplers = self.samplers()
             if next(iter(samplers.values())).idle:
                 self._set_offset(0.0)

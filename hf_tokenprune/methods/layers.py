@@ -40,7 +40,7 @@ class LayerDistillation:
             objective.pruner.remembers = objective.teacher.token_pruner.remembers = True
 
     def losses(self, objective):
-        if not objective.pruner.remembers or objective.taught is None:
+        if objective.taught is None or not self._fits(objective.teacher.token_pruner, objective.pruner):
             return {}
         teacher, pruner = objective.teacher.token_pruner, objective.pruner
         taught, learned = ([_table(call) for call in p.last_forward.calls] for p in (teacher, pruner))

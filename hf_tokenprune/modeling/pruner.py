@@ -31,7 +31,8 @@ class TokenPruner(nn.Module):
             selector in training mode; a token of weight 0 is dropped. In the place of a selector that looks before the layer
             it gets the hidden states `(T, H)` instead of importance, and a token of weight 0 waits, masked, for its gradient.
         watched: layers whose importance is wanted, and then found in `last_forward.calls[layer].importance`.
-        remembers: hidden states after each layer are wanted, and then found in `last_forward.calls[layer].left`.
+        remembers: hidden states before and after each layer are wanted, and then found in `last_forward.calls[layer]` as `entered`
+            and `left`.
         soft_in_eval: use `soft` in evaluation mode too.
         objective: called instead of the model's forward in training mode, as `objective(model, forward, args, kwargs)`.
         meter: called with the pruner after each forward.
@@ -283,9 +284,11 @@ class TokenPruner(nn.Module):
                 states = weights * states + (1 - weights) * call.stay(call.entered)
             if call.rows is not None:
                 forward.departed.append((call.layer, call.departed()))
-        call.entered = active.call = None
+        active.call = None
         if self.remembers:
             call.left = states
+        else:
+            call.entered = None
         if call.layer == self.layer_count - 1:
             states = call.survivors.unpack(states, [gone for _, gone in forward.departed])
         return (states, *output[1:]) if isinstance(output, tuple) else states
