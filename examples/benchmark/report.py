@@ -136,6 +136,7 @@ def plot(task, groups, file):
             axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.5, capsize=3, label=method)
     first = next(iter(groups.values()))[0]
     axes.set(title=f"{TITLES.get(task, task)}", xlabel="MACs reduction, true length (x)", ylabel=what(first))
+    axes.set_xlim(1, 1.2 * max(x for points in lines.values() for x, *_ in points))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
