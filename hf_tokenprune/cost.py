@@ -41,6 +41,10 @@ class LayerShape:
         pairs = sum(q * k for q, k in zip(queries, entered, strict=True))
         return self.before * sum(entered) + self.after * sum(survived) + self.attention * pairs
 
+    def whole(self, lengths: Sequence[int]) -> int:
+        """MACs of one call in which every token of sequences of these lengths stays."""
+        return self.macs(entered=lengths, queries=lengths, survived=lengths)
+
 
 def layer_shapes(model: nn.Module) -> list[LayerShape]:
     """The `LayerShape` of each layer of a dense or token-pruned encoder.
@@ -112,7 +116,7 @@ def trace_macs(model: nn.Module, trace: Sequence[LayerTrace] | None = None) -> l
 
 def dense_macs(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     """MACs of each layer if the unmodified model, with all its weights, ran on sequences of these lengths without any padding."""
-    return [shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in dense_layer_shapes(model)]
+    return [shape.whole(lengths) for shape in dense_layer_shapes(model)]
 
 
 def padded_macs(model: nn.Module, batch_size: int, seq_len: int) -> list[int]:
@@ -193,8 +197,8 @@ class CostMeter:
                 "unmodified model would pad to."
             )
         padded = lengths if self.max_length is None else [self.max_length] * len(lengths)
-        self._dense += sum(shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in self._dense_shapes)
-        self._padded += sum(shape.macs(entered=padded, queries=padded, survived=padded) for shape in self._dense_shapes)
+        self._dense += sum(shape.whole(lengths) for shape in self._dense_shapes)
+        self._padded += sum(shape.whole(padded) for shape in self._dense_shapes)
         self._spent += sum(_trace_macs(self.model, layer_shapes(self.model), trace))
         self._sequences += len(lengths)
         self._entered += sum(lengths)

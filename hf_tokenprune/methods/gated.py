@@ -15,7 +15,7 @@ from ..budget import Lengths
 from ..errors import ConfigError, TrainingError
 from ..gates import keep_probability, sample_hard_concrete, scale_rate
 from ..losses import lagrangian
-from ..modeling.shapes import sizes_of
+from ..modeling.shapes import cut_parameter, sizes_of
 from ..schedule import Schedule, ramp
 from .base import Objective
 from .layers import LayerDistillation
@@ -178,12 +178,10 @@ class Gates(nn.Module):
         self.register_buffer("sizes", None if sizes is None else torch.tensor(_flat(sizes)))  # what is left of the weights
         self.register_parameter("transform", None)  # of layer-wise distillation: student's hidden units to the teacher's
 
-    def cut_hidden(self, index, on_cut):
+    def cut_hidden(self, index, on_cut=None):
         """The model's hidden units are cut down to those at `index`."""
         if self.transform is not None:
-            on_cut(self.transform, 1, index)
-            self.transform.data = self.transform.data.index_select(1, index)
-            self.transform.grad = None
+            cut_parameter(self.transform, 1, index, on_cut)
 
 
 class BudgetedGates:

@@ -148,11 +148,11 @@ class SoftSkim:
 class Foresight:
     """Teaches samplers, while every token is there, to foresee which tokens their layer will attend to.
 
-    The margin by which keeping wins is to fall with a token's relative rank, from `2 * FIRST` to 0: all are kept still, the least
-    important the most barely.
+    The margin by which keeping wins is to fall with a token's relative rank, from twice what it is at first to 0: all are kept
+    still, the least important the most barely.
     """
 
-    FIRST = 3.5
+    FIRST = 2 * Skim.START
 
     def start_run(self):
         """There is nothing to begin anew."""
@@ -208,6 +208,10 @@ class InforCoefObjective(StructuredObjective):
         super().start_run(learning_rate, steps)
         self._set_offset(float("inf"))
 
+    def _offset(self):
+        """The offset that all samplers have."""
+        return next(iter(self.samplers().values())).offset_value()
+
     def _set_offset(self, value):
         for sampler in self.samplers().values():
             sampler.offset.fill_(value)
@@ -233,7 +237,7 @@ class InforCoefObjective(StructuredObjective):
         self.looks = {}
         if self.moment.phase == "anneal" and not self.foresees:
             samplers = self.samplers()
-            if next(iter(samplers.values())).idle:
+            if self._offset() == float("inf"):
                 self._set_offset(0.0)
             self.looks = {layer: SoftSkim(sampler) for layer, sampler in samplers.items()}
             self.pruner.soft = dict(self.looks)
@@ -274,16 +278,16 @@ class InforCoefObjective(StructuredObjective):
                 f"InforCoef(target_macs={self.config.target_macs}) cannot be reached on texts like these: with nothing but protected "
                 f"tokens left, {least:.3f} of the dense model's MACs are spent. Cut more weights: static_macs."
             )
-        now = next(iter(self.samplers().values())).offset_value()
+        now = self._offset()
         self._set_offset(now + self.FORGETS / self.accumulation * (solved - now))
         self.note("macs_expected", cost.share(now))
 
     def _hold_budget(self):
         """While settling the weights go on moving, and with them what the samplers see: the offset follows, slowly."""
         lengths = self.pruner.trace[0].arrived
-        dense = sum(shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in self.gates.budget.dense_shapes)
+        dense = sum(shape.whole(lengths) for shape in self.gates.budget.dense_shapes)
         spent = sum(trace_macs(self.model)) / dense
-        now = next(iter(self.samplers().values())).offset_value()
+        now = self._offset()
         self._set_offset(now - self.HOLDS / self.accumulation * (spent - self.config.target_macs))
 
     def harden(self):
@@ -318,7 +322,7 @@ class SamplingCost:
         self.margins = torch.stack([looks[layer].margin for layer in sorted(looks)]).cpu()
         lengths = first.batch.lengths
         self.sequence, self.count = first.batch.sequence_ids.cpu(), len(lengths)
-        self.dense = sum(shape.macs(entered=lengths, queries=lengths, survived=lengths) for shape in dense_shapes)
+        self.dense = sum(shape.whole(lengths) for shape in dense_shapes)
 
     def share(self, offset):
         """The share of the dense model's MACs on this batch that is spent with an offset."""

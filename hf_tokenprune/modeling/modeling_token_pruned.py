@@ -283,7 +283,7 @@ def resize(model, *, heads, units, hidden=None, on_cut=None):
             index = torch.as_tensor(list(hidden), device=model.device)
             for part in (*pruner.sites.values(), getattr(pruner, "training_state", None)):
                 if hasattr(part, "cut_hidden"):
-                    part.cut_hidden(index, on_cut or (lambda *_: None))
+                    part.cut_hidden(index, on_cut)
         settle_config(model)
         pruner.keep_layers(model, [i for i, (a, f) in enumerate(zip(heads, units, strict=True)) if len(a) + len(f)])
     finally:

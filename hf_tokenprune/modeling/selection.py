@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import ConfigError
+from .shapes import cut_parameter
 
 SELECTORS = {}
 
@@ -78,7 +79,7 @@ class Selector(nn.Module):
         """MACs this selector itself spends on `tokens` tokens."""
         return 0
 
-    def cut_hidden(self, index, on_cut):
+    def cut_hidden(self, index, on_cut=None):
         """The model's hidden units are cut down to those at `index`: cut what reads them, after telling `on_cut`."""
 
 
@@ -265,10 +266,8 @@ class Skim(Selector):
     def macs(self, tokens):
         return 0 if self.idle else tokens * (self.hidden * self.width + 2 * self.width)
 
-    def cut_hidden(self, index, on_cut):
+    def cut_hidden(self, index, on_cut=None):
         for parameter, dim in ((self.net[0].weight, 0), (self.net[0].bias, 0), (self.net[1].weight, 1)):
-            on_cut(parameter, dim, index)
-            parameter.data = parameter.data.index_select(dim, index)
-            parameter.grad = None
+            cut_parameter(parameter, dim, index, on_cut)
         self.hidden = len(index)
         self.net[0].normalized_shape, self.net[1].in_features = (self.hidden,), self.hidden

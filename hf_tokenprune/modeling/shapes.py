@@ -198,6 +198,14 @@ def replay(model, shapes):
     return model
 
 
+def cut_parameter(parameter, dim, index, on_cut=None):
+    """Cut a parameter in place down to what lies at `index` (a tensor), after telling `on_cut(parameter, dim, index)`."""
+    if on_cut is not None:
+        on_cut(parameter, dim, index)
+    parameter.data = parameter.data.index_select(dim, index)
+    parameter.grad = None
+
+
 def cut(model, *, heads, units, hidden=None, on_cut=None):
     """Cut a model in place down to some of its heads, FFN units and hidden units. Parameters stay the same objects.
 
@@ -229,10 +237,7 @@ def cut(model, *, heads, units, hidden=None, on_cut=None):
     def select(parameter, dim, index):
         if len(index) < parameter.shape[dim]:
             index = torch.as_tensor(list(index), dtype=torch.long, device=parameter.device)
-            if on_cut is not None:
-                on_cut(parameter, dim, index)
-            parameter.data = parameter.data.index_select(dim, index)
-            parameter.grad = None
+            cut_parameter(parameter, dim, index, on_cut)
 
     parameters = dict(model.named_parameters())
     for name, dims in dims_of.items():
