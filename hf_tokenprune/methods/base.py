@@ -16,6 +16,20 @@ from ..schedule import GATED_PHASES, PHASES, Moment
 LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
 
 
+class Helper:
+    """Adds losses to an objective, beside its own."""
+
+    def start_run(self):
+        """Begin anew."""
+
+    def prepare(self, objective):
+        """Say what to watch in the next forward."""
+
+    def losses(self, objective):
+        """`{name: scalar tensor}` after a forward."""
+        return {}
+
+
 class Objective:
     """Runs the training forwards of one model; see the module's docstring.
 

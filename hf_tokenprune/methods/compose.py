@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from ..budget import Budget
 from ..errors import ConfigError
-from .gated import BudgetedGates, GatedMethod, plain_settings
+from .budgeted import BudgetedGates
+from .gated import GatedMethod, plain_settings
 from .structured import StructuredObjective, StructuredPruning, WeightGates
 from .top import TokenBins, ToP
 

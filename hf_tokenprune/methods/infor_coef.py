@@ -13,7 +13,9 @@ from ..losses import information_norm, negative_entropy
 from ..modeling.modeling_token_pruned import attach, is_token_pruned
 from ..modeling.selection import Skim, most_important, relative_rank
 from ..schedule import Schedule, ramp
-from .gated import BudgetedGates, GatedMethod, check_schedule, is_number, plain_settings
+from .base import Helper
+from .budgeted import BudgetedGates
+from .gated import GatedMethod, check_schedule, is_number, plain_settings
 from .structured import StructuredObjective, StructuredPruning, WeightGates
 
 logger = logging.get_logger(__name__)
@@ -145,7 +147,7 @@ class SoftSkim:
         return margin.masked_fill(self.protected, float("inf"))
 
 
-class Foresight:
+class Foresight(Helper):
     """Teaches samplers, while every token is there, to foresee which tokens their layer will attend to.
 
     The margin by which keeping wins is to fall with a token's relative rank, from twice what it is at first to 0: all are kept
@@ -153,9 +155,6 @@ class Foresight:
     """
 
     FIRST = 2 * Skim.START
-
-    def start_run(self):
-        """There is nothing to begin anew."""
 
     def prepare(self, objective):
         if objective.foresees:

@@ -5,11 +5,12 @@ from torch import nn
 from transformers.utils import logging
 
 from ..losses import layer_distillation
+from .base import Helper
 
 logger = logging.get_logger(__name__)
 
 
-class LayerDistillation:
+class LayerDistillation(Helper):
     """Pulls the student's hidden states towards those of the teacher's layers, on all tokens that both have.
 
     Where weights are gated, layers of the student come and go: each of the teacher's is matched to the nearest of the student's

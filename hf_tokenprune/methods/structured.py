@@ -14,7 +14,8 @@ from ..modeling.architectures import find_encoder
 from ..modeling.modeling_token_pruned import attach, is_token_pruned
 from ..structure import PARTS, Layout, StructureGates
 from ..surgery import operate
-from .gated import BudgetedGates, GatedMethod, GatedObjective, Part, is_number, plain_settings
+from .budgeted import BudgetedGates, Part
+from .gated import GatedMethod, GatedObjective, is_number, plain_settings
 
 logger = logging.get_logger(__name__)
 
@@ -25,7 +26,7 @@ class StructuredPruning(GatedMethod):
 
     Hard-concrete gates stand on hidden units, attention heads, FFN units, and whole attention and FFN blocks (CoFi, section
     3.1). Their expected cost is held to a target that tightens linearly; "projected" and "lagrangian" are explained at
-    `ToP`, and for weights "projected" also measures first what each part is worth (see `methods.gated.BudgetedGates`). The
+    `ToP`, and for weights "projected" also measures first what each part is worth (see `methods.budgeted.BudgetedGates`). The
     teacher's logits are distilled, and its layers' hidden states into whichever layers of the student are nearest (section
     3.2). At the end of the annealing the weights are cut: smaller matrices, blocks and layers gone. The rest of the run
     trains the small model.

@@ -14,7 +14,9 @@ from ..modeling.modeling_token_pruned import attach, is_token_pruned, make_confi
 from ..modeling.pruner import TokenPruner
 from ..modeling.selection import RankBins, relative_rank
 from ..schedule import ramp
-from .gated import BudgetedGates, GatedMethod, GatedObjective, Part, plain_settings
+from .base import Helper
+from .budgeted import BudgetedGates, Part
+from .gated import GatedMethod, GatedObjective, plain_settings
 
 logger = logging.get_logger(__name__)
 
@@ -214,7 +216,7 @@ class SoftBins:
         return torch.where(protected, torch.ones_like(weights), weights)
 
 
-class RankingLoss:
+class RankingLoss(Helper):
     """Pulls the early sites' ranking of the tokens towards that of the teacher's last layer; its weight falls to 1 % over the
     annealing."""
 
@@ -222,9 +224,6 @@ class RankingLoss:
         early = range(max(1, pruner.layer_count // 3 + 1))
         self.early = [site for site in sites if site in early] or sites[:1]
         self.weight, self.top_k = weight, top_k
-
-    def start_run(self):
-        """There is nothing to begin anew."""
 
     def prepare(self, objective):
         if objective.moment.phase == "anneal" and objective.teacher is not None:

@@ -1,0 +1,334 @@
+"""Hard-concrete gates, on tokens or weights or both, held to one budget.
+
+What is gated is a list of `Part`s, which know what their gates mean; `BudgetedGates` learns them all under one expected cost.
+"""
+
+import torch
+from torch import nn
+
+from ..budget import Lengths
+from ..gates import keep_probability, sample_hard_concrete, scale_rate
+from ..losses import lagrangian
+from ..modeling.shapes import cut_parameter, sizes_of
+from ..schedule import ramp
+
+
+class Outlook:
+    """What is expected to be left: of the tokens at each site, of each layer's weights.
+
+    Attributes:
+        kept: by site, the share of its droppable tokens that survive.
+        shapes: a `LayerShape` per layer, or None if weights are not gated.
+        alive: by layer, how far its attention is there (1 = it is); a site without attention cannot rank and keeps all.
+    """
+
+    def __init__(self):
+        self.kept, self.shapes, self.alive = {}, None, {}
+
+
+class Part:
+    """Something that is gated. `size` gates, at `shifted` of which the budget may push."""
+
+    size: int
+    cuts_weights = False
+
+    def start(self):
+        """`(size,)` log-odds with which the gates start."""
+        raise NotImplementedError
+
+    def shifted(self):
+        """`(size,)` bool: the gates that move with the budget."""
+        return torch.ones(self.size, dtype=torch.bool)
+
+    def scores(self, probability):
+        """From the probabilities that gates are open, how probable it is that each thing gated by them is kept."""
+        return probability
+
+    def tie_break(self):
+        """A little to add to the scores where equal ones have an order all the same."""
+        return 0.0
+
+    def worth(self):
+        """What to add to the logarithm of measured information: how much more a thing is worth by the time its turn comes."""
+        return torch.zeros(self.size)
+
+    def choose(self, scores, level):
+        """`(scores,)` bool: what is kept if all is to be kept whose score reaches a level."""
+        return scores >= level
+
+    def expect(self, scores, outlook):
+        """Enter into the outlook what is left if each thing is kept with these probabilities."""
+        raise NotImplementedError
+
+    def open(self, gates, alive):
+        """Put sampled gates in force for one forward. Returns what `Outlook.alive` says of them."""
+        raise NotImplementedError
+
+    def close(self):
+        """Take them out of force."""
+
+    def harden(self, kept, alive):
+        """Put in force, for evaluation, what is kept: `(scores,)` bool. Returns as `open`."""
+        raise NotImplementedError
+
+
+class Gates(nn.Module):
+    """Everything of a gated method that is learned or counted besides the weights; saved in every checkpoint.
+
+    The parameters start at 0: a gate's log-odds are `start + scale * parameter`.
+    """
+
+    def __init__(self, count, sizes):
+        super().__init__()
+        self.log_odds = nn.Parameter(torch.zeros(count))
+        self.multipliers = nn.Parameter(torch.zeros(2))
+        self.register_buffer("start", torch.zeros(count))
+        self.register_buffer("information", torch.zeros(count))
+        self.register_buffer("lengths", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("teacher", torch.tensor(0))
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("sizes", None if sizes is None else torch.tensor(_flat(sizes)))  # what is left of the weights
+        self.register_parameter("transform", None)  # of layer-wise distillation: student's hidden units to the teacher's
+
+    def cut_hidden(self, index, on_cut=None):
+        """The model's hidden units are cut down to those at `index`."""
+        if self.transform is not None:
+            cut_parameter(self.transform, 1, index, on_cut)
+
+
+class BudgetedGates:
+    """Learns the gates of several parts under one budget.
+
+    "projected" holds the expected cost exactly: in each step all gates are shifted by what meets the target, and what would
+    change the cost is taken from their gradient. They get steeper towards the end, so that the soft model ends as the hard one.
+    Weights have no order to start in as ranks of tokens have. So in the first steps, while all gates are 1, their Fisher
+    information is measured (squared gradients of the loss, summed over batches: how much the loss would rise without the part,
+    as in Kwon et al. 2022, arXiv 2204.09656), and the gates start in the order of information per MAC. At the
+    optimum of separable losses that is what decides, whatever the part is: so one budget shares itself out among tokens,
+    heads, units and blocks.
+
+    Args:
+        model: the model, attached.
+        parts: the `Part`s, weights before tokens.
+        budget: the `Budget`.
+        target: the share of cost to end at.
+        constraint: "projected" or "lagrangian".
+        gate_lr: see `ToP`.
+        measured: measure information first.
+        cost: "macs", or "params" of the layers.
+    """
+
+    STEEPEST = 4.0  # "projected": by how much log-odds are multiplied at the end
+    MEASURE = 0.15  # the part of the phase in which information is measured
+    PER_NEPER = 2.0  # log-odds per factor e of information per cost
+    FARTHEST = 12.0  # log-odds of a gate at most, at first
+
+    def __init__(self, model, parts, budget, *, target, constraint, gate_lr, measured, cost="macs"):
+        self.parts, self.budget = parts, budget
+        self.final, self.constraint, self.gate_lr, self.cost = target, constraint, gate_lr, cost
+        self.projected = constraint == "projected"
+        self.measured = measured and self.projected
+        self.sizes = [part.size for part in parts]
+        cuts = any(part.cuts_weights for part in parts)
+        self.state = Gates(sum(self.sizes), sizes_of(model) if cuts else None).to(model.device)
+        self.restarted = False
+        self.shifted = torch.cat([torch.zeros(0, dtype=torch.bool), *(part.shifted() for part in parts)])
+        self.now = None  # log-odds of the running forward, None while nothing is gated softly
+        self.progress = 0.0
+        self.loss_scale = lambda: 1.0
+
+    def start_run(self, learning_rate, steps):
+        """Begin anew: gates at their start, moving `gate_lr` per step, from the optimizer's own learning rate."""
+        with torch.no_grad():
+            for parameter in self.state.parameters():
+                parameter.zero_()
+            self.state.start.copy_(torch.cat([torch.zeros(0), *(part.start() for part in self.parts)]))
+            self.state.information.zero_()
+            self.state.lengths.zero_()
+        rate = self.gate_lr if self.gate_lr is not None else min(max(20 / max(steps, 1), 0.01), 0.2)
+        self.state.scale.fill_(rate / learning_rate)
+
+    # The budget.
+
+    def seen(self):
+        """`Lengths` of the training texts so far; of one text of 100 tokens before the first."""
+        seen = self.state.lengths.tolist()
+        return Lengths(*seen) if seen[0] else Lengths(1, 100, 10_000)
+
+    def share(self, scores, lengths=None):
+        """The share of the dense model's cost that is spent if things are kept with these probabilities."""
+        outlook = Outlook()
+        for part, piece in zip(self.parts, scores, strict=True):
+            part.expect(piece, outlook)
+        if self.cost == "params":
+            return self.budget.parameters(outlook.shapes)
+        kept = [outlook.kept.get(site, 1.0) for site in self.budget.sites]
+        alive = [outlook.alive.get(site, 1.0) for site in self.budget.sites]
+        kept = [1 - a * (1 - k) for a, k in zip(alive, kept, strict=True)]
+        return self.budget.share(kept, lengths or self.seen(), outlook.shapes)
+
+    def scores(self, probability):
+        """Per part, the probabilities that things are kept."""
+        return [part.scores(piece) for part, piece in zip(self.parts, probability.split(self.sizes), strict=True)]
+
+    def everything(self):
+        """The share that is spent while every gate is open."""
+        return float(self.share(self.scores(torch.ones(sum(self.sizes)))))
+
+    def least(self):
+        """The smallest share that these gates can bring the model down to, on the texts seen."""
+        nothing = self.scores(torch.zeros(sum(self.sizes)))
+        kept = [part.choose(piece, float("inf")) for part, piece in zip(self.parts, nothing, strict=True)]
+        return float(self.share([piece.double() for piece in kept]))
+
+    @property
+    def measuring(self):
+        """Is information being measured, so that everything is open?"""
+        return self.measured and self.progress < self.MEASURE
+
+    def _way(self):
+        begun = self.MEASURE if self.measured else 0.0
+        return max(self.progress - begun, 0.0) / (1 - begun)
+
+    def target(self):
+        """The share that the gates are held to at this moment."""
+        return max(ramp(self._way(), self.everything(), self.final, warm=0.8), self.final)
+
+    # The gates as they stand.
+
+    def learned(self):
+        """`(gates,)` log-odds as the optimizer moves them."""
+        return self.state.start + scale_rate(self.state.log_odds, self.state.scale)
+
+    def log_alpha(self):
+        """`(gates,)` learned log-odds; if they are projected, steeper and shifted onto the target."""
+        log_alpha = self.learned()
+        if not self.projected:
+            return log_alpha
+        steeper = ramp(self._way(), 1.0, self.STEEPEST)
+        shifted = self.shifted.to(log_alpha.device)
+        return steeper * (log_alpha + shifted * self._shift(log_alpha.detach().cpu(), steeper))
+
+    def _shift(self, log_alpha, steeper):
+        """What to add to the shifted gates so that the expected share is the target: by bisection."""
+        target, lengths = self.target(), self.seen()
+        low, high = -100.0, 100.0
+        for _ in range(32):
+            middle = (low + high) / 2
+            probability = keep_probability(steeper * (log_alpha + self.shifted * middle))
+            if float(self.share(self.scores(probability), lengths)) > target:
+                high = middle
+            else:
+                low = middle
+        return low
+
+    def open(self):
+        """Put gates in force for one forward in training."""
+        if self.measuring:
+            self.now = None
+            gates = torch.ones_like(self.state.start, requires_grad=True)
+            gates.register_hook(self._measure)
+        else:
+            self._start_in_order()
+            self.now = log_alpha = self.log_alpha()
+            if self.projected and log_alpha.requires_grad:
+                log_alpha.register_hook(self._along_budget(log_alpha.detach()))
+            gates = sample_hard_concrete(log_alpha)
+        alive = {}
+        for part, piece in zip(self.parts, gates.split(self.sizes), strict=True):
+            alive = part.open(piece, alive) or alive
+
+    def close(self):
+        """Take them out of force."""
+        self.now = None
+        for part in self.parts:
+            part.close()
+
+    def _measure(self, gradient):
+        gradient = gradient.detach() / self.loss_scale()
+        if torch.isfinite(gradient).all():
+            self.state.information += gradient.square()
+
+    def _start_in_order(self):
+        """Once information has been measured: let the gates start in the order of information per cost."""
+        if not self.measured or not self.state.information.any():
+            return
+        with torch.enable_grad():
+            ones = torch.ones(sum(self.sizes), requires_grad=True)
+            (saved,) = torch.autograd.grad(self.share(self.scores(ones)), ones)
+        information = self.state.information.cpu()
+        matters = self.shifted & (saved > 0)
+        gain = (information + 1e-12 * information.max()).log() - saved.clamp(min=1e-20).log()
+        gain = gain + torch.cat([part.worth() for part in self.parts])
+        gain = self.PER_NEPER * (gain - gain[matters].median())
+        near = gain.clamp(-self.FARTHEST, self.FARTHEST)
+        start = torch.where(matters, near + 0.01 * (gain - near), self.state.start.cpu())  # so that no two are the same
+        with torch.no_grad():
+            self.state.start.copy_(start)
+            self.state.information.zero_()
+        self.restarted = True
+
+    def _along_budget(self, log_alpha):
+        """A hook that takes from a gradient its part that would change the expected share."""
+        with torch.enable_grad():
+            log_alpha.requires_grad_()
+            share = self.share(self.scores(keep_probability(log_alpha)))
+            (normal,) = torch.autograd.grad(share, log_alpha)
+        length = (normal * normal).sum().clamp(min=1e-20)
+        return lambda gradient: gradient - (gradient * normal).sum() / length * normal
+
+    def losses(self, lengths, note):
+        """Terms of the loss after a forward on texts of these `Lengths`."""
+        if self.now is None:
+            return {}
+        expected = self.share(self.scores(keep_probability(self.now)), lengths)
+        note("macs_expected" if self.cost == "macs" else "params_expected", expected)
+        if self.projected:
+            return {}
+        first, second = (scale_rate(self.state.multipliers, self.state.scale)).unbind()
+        return {"lagrangian": lagrangian(expected, self.target(), first, second)}
+
+    # The hard model.
+
+    def harden(self, gated):
+        """Keep what is most probably kept, as much as the target allows on texts as long as those seen so far. The hard model thus
+        spends the target, whatever the probabilities add up to.
+
+        Args:
+            gated: False keeps everything.
+
+        Returns:
+            The share that the hard model spends.
+        """
+        with torch.no_grad():
+            if not gated or self.measuring:
+                kept = [scores.bool() for scores in self.scores(torch.ones(sum(self.sizes)))]
+            else:
+                self._start_in_order()
+                kept = self._most_probable(keep_probability(self.log_alpha()).cpu())
+            alive = {}
+            for part, piece in zip(self.parts, kept, strict=True):
+                alive = part.harden(piece, alive) or alive
+            return float(self.share([piece.double() for piece in kept]))
+
+    def _most_probable(self, probability):
+        scores = [s.double() + part.tie_break() for s, part in zip(self.scores(probability), self.parts, strict=True)]
+        levels = torch.cat(scores).unique().tolist()  # ascending: the higher the level, the less is kept
+        lengths, target = self.seen(), self.target()
+
+        def kept(level):
+            return [part.choose(piece, level) for part, piece in zip(self.parts, scores, strict=True)]
+
+        low, high = 0, len(levels)
+        while low < high:
+            middle = (low + high) // 2
+            if float(self.share([piece.double() for piece in kept(levels[middle])], lengths)) <= target:
+                high = middle
+            else:
+                low = middle + 1
+        return kept(levels[low] if low < len(levels) else float("inf"))
+
+
+def _flat(sizes):
+    hidden, heads, units = sizes
+    return [hidden, *heads, *units]
