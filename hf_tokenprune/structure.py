@@ -62,7 +62,7 @@ class Layout:
 
     def share(self, gates, name):
         """Mean of the gates of a part: the share of it that is left. 1 if it has no gates."""
-        return gates[self.parts[name]].mean() if name in self.parts else 1.0
+        return gates[..., self.parts[name]].mean(-1) if name in self.parts else 1.0
 
     def left(self, gates):
         """What is left where gates are 0 or 1: `(hidden, heads, units)` as `shapes.cut` takes them, `hidden` None for all."""

@@ -27,7 +27,10 @@ class Outlook:
 
 
 class Part:
-    """Something that is gated. `size` gates, at `shifted` of which the budget may push."""
+    """Something that is gated. `size` gates, at `shifted` of which the budget may push.
+
+    `scores` and `expect` also take many sets of gates at once, along leading dimensions.
+    """
 
     size: int
     cuts_weights = False
@@ -122,6 +125,7 @@ class BudgetedGates:
     MEASURE = 0.15  # the part of the phase in which information is measured
     PER_NEPER = 2.0  # log-odds per factor e of information per cost
     FARTHEST = 12.0  # log-odds of a gate at most, at first
+    TRIED, ROUNDS = 16, 8  # to find the shift: values tried at once, and how often
 
     def __init__(self, model, parts, budget, *, target, constraint, gate_lr, measured, cost="macs"):
         self.parts, self.budget = parts, budget
@@ -169,7 +173,7 @@ class BudgetedGates:
 
     def scores(self, probability):
         """Per part, the probabilities that things are kept."""
-        return [part.scores(piece) for part, piece in zip(self.parts, probability.split(self.sizes), strict=True)]
+        return [part.scores(piece) for part, piece in zip(self.parts, probability.split(self.sizes, dim=-1), strict=True)]
 
     def everything(self):
         """The share that is spent while every gate is open."""
@@ -210,16 +214,15 @@ class BudgetedGates:
         return steeper * (log_alpha + shifted * self._shift(log_alpha.detach().cpu(), steeper))
 
     def _shift(self, log_alpha, steeper):
-        """What to add to the shifted gates so that the expected share is the target: by bisection."""
+        """What to add to the shifted gates so that the expected share is the target: by bisection, into `TRIED` parts at a time."""
         target, lengths = self.target(), self.seen()
         low, high = -100.0, 100.0
-        for _ in range(32):
-            middle = (low + high) / 2
-            probability = keep_probability(steeper * (log_alpha + self.shifted * middle))
-            if float(self.share(self.scores(probability), lengths)) > target:
-                high = middle
-            else:
-                low = middle
+        for _ in range(self.ROUNDS):
+            tried = torch.linspace(low, high, self.TRIED)
+            probability = keep_probability(steeper * (log_alpha + self.shifted * tried[:, None]))
+            share = torch.as_tensor(self.share(self.scores(probability), lengths))
+            fits = int((share <= target).sum())  # the first so many: the share grows with the shift
+            low, high = tried[max(fits - 1, 0)].item(), tried[min(fits, self.TRIED - 1)].item()
         return low
 
     def open(self):

@@ -170,16 +170,16 @@ class TokenBins(Part):
     def scores(self, probability):
         if self.in_order:
             return probability
-        table = probability.view(len(self.sites), self.bins + 1)
-        return (1 - table[:, -1:] * (1 - table[:, :-1])).flatten()
+        table = probability.unflatten(-1, (len(self.sites), self.bins + 1))
+        return (1 - table[..., -1:] * (1 - table[..., :-1])).flatten(-2)
 
     def tie_break(self):
         """Where gates are equal, as at the start, the more important bin survives."""
         return 1e-6 * torch.linspace(1, 0, self.bins, dtype=torch.float64).repeat(len(self.sites))
 
     def expect(self, scores, outlook):
-        for site, share in zip(self.sites, scores.view(len(self.sites), self.bins).mean(1), strict=True):
-            outlook.kept[site] = share
+        shares = scores.unflatten(-1, (len(self.sites), self.bins)).mean(-1)
+        outlook.kept.update(zip(self.sites, shares.unbind(-1), strict=True))
 
     def open(self, gates, alive):
         weights = self.scores(gates).view(len(self.sites), self.bins)
