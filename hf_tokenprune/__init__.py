@@ -1,6 +1,7 @@
 """hf_tokenprune: encoders that read fewer tokens layer by layer, by one Trainer callback."""
 
 from . import cost, errors
+from .depth import TokenDepths, token_depths
 from .loading import from_pretrained
 from .methods.compose import Compose
 from .methods.infor_coef import InforCoef
@@ -8,6 +9,7 @@ from .methods.structured import StructuredPruning
 from .methods.top import ToP
 from .modeling.modeling_token_pruned import attach, detach, pack
 from .modeling.selection import RankBins, Skim, TopK
+from .reporting import Report, report
 from .schedule import Schedule
 from .training import TokenPruneCallback
 
@@ -16,10 +18,12 @@ __all__ = [
     "Compose",
     "InforCoef",
     "RankBins",
+    "Report",
     "Schedule",
     "Skim",
     "StructuredPruning",
     "ToP",
+    "TokenDepths",
     "TokenPruneCallback",
     "TopK",
     "attach",
@@ -28,4 +32,6 @@ __all__ = [
     "errors",
     "from_pretrained",
     "pack",
+    "report",
+    "token_depths",
 ]

@@ -11,6 +11,9 @@ from pathlib import Path
 from . import __version__
 from .bench import DTYPES, bench, read_texts
 from .errors import ConfigError, TokenPruneError
+from .explain import explain
+from .reporting import report
+from .reporting.samples import read_samples
 from .sample_text import TEXTS
 
 DESCRIPTION = "Encoders that read fewer tokens layer by layer."
@@ -30,6 +33,10 @@ examples:
   hf-tokenprune bench pruned
   hf-tokenprune bench pruned --data stsb/validation.parquet --columns sentence1 sentence2 --json bench.json
 """
+REPORT = """\
+Write one HTML page about a model: every token of some texts in the colour of how deep it lived, tokens, MACs and milliseconds of
+each layer, which weights were cut, and how the gates moved in training, where the folder or its checkpoints hold a
+trainer_state.json. The page needs no network and no scripts."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +75,86 @@ def _parser():
     add("--device", default="cpu", help="where to run: cpu, cuda, ... (default: %(default)s)")
     add("--json", metavar="FILE", help="also write everything that was measured to this file")
     command.set_defaults(run=_bench)
+    _add_report(commands)
+    _add_explain(commands)
     return parser
+
+
+def _add_report(commands):
+    command = commands.add_parser(
+        "report",
+        help="write a page that shows how deep tokens live and what each layer costs",
+        description=REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("folder", metavar="FOLDER", help="a saved model with its tokenizer or image processor")
+    add("--texts", metavar="FILE", help="a .txt file, a text a line, or .parquet, .csv, .jsonl (default: built-in sample text)")
+    add("--columns", metavar="NAME", nargs="+", default=[], help="its column with texts, or two columns for pairs")
+    add("--images", metavar="FILE", nargs="+", help="image files, for a model that reads pixels")
+    add("--limit", metavar="N", type=int, default=100, help="use the first N texts or images (default: %(default)s)")
+    add("--max-length", metavar="N", type=int, help="cut texts to N tokens (default: 128, or what the model can read)")
+    add("--repeats", metavar="N", type=int, default=3, help="measurements of the layers (default: %(default)s)")
+    add("--results", metavar="JSON", nargs="+", default=[], help="benchmark results to plot score against MACs")
+    add("--plots", metavar="FOLDER", help="also write each plot as PNG and SVG to this folder")
+    add("-o", "--output", metavar="FILE", default="report.html", help="the page (default: %(default)s)")
+    command.set_defaults(run=_report)
+
+
+def _report(arguments, command):
+    if arguments.limit < 1:
+        raise ConfigError(f"--limit must be a whole number from 1, not {arguments.limit}.")
+    if arguments.images and arguments.texts:
+        raise ConfigError("--texts and --images cannot both be given: a model reads one of them.")
+    if arguments.columns and not arguments.texts:
+        raise ConfigError("--columns names columns of --texts, which is missing.")
+    _check_writable(Path(arguments.output))
+    if arguments.images:
+        samples = [_read_image(file) for file in arguments.images[: arguments.limit]]
+    elif arguments.texts:
+        samples = read_samples(Path(arguments.texts), arguments.columns, arguments.limit)
+    else:
+        samples = list(TEXTS[: arguments.limit])
+    found = report(
+        arguments.folder, samples, max_length=arguments.max_length, repeats=arguments.repeats, results=arguments.results
+    )
+    if arguments.plots:
+        found.save_plots(arguments.plots)
+    found.save(arguments.output)
+    print(
+        f"{arguments.output}: {len(found.samples)} {'images' if arguments.images else 'texts'}, {len(found.model.macs)} layers"
+    )
+
+
+def _read_image(file):
+    from PIL import Image
+
+    with Image.open(file) as image:  # an OSError says what is wrong
+        return image.convert("RGB")
+
+
+def _add_explain(commands):
+    command = commands.add_parser(
+        "explain",
+        help="print a text with each token in the colour of how deep it lived",
+        description="Print a text, each token with the layer in which it was dropped, in colour where the terminal has any.",
+    )
+    add = command.add_argument
+    add("folder", metavar="FOLDER", help="a saved model with its tokenizer")
+    add("text", metavar="TEXT", nargs="+", help="a text, or two for a model that reads pairs")
+    add("--max-length", metavar="N", type=int, help="cut the text to N tokens (default: 128, or what the model can read)")
+    command.set_defaults(run=_explain)
+
+
+def _explain(arguments, command):
+    from rich.console import Console
+
+    if len(arguments.text) > 2:
+        raise ConfigError(f"{len(arguments.text)} texts were given; give one, or two for a model that reads pairs. Quote them.")
+    text = arguments.text[0] if len(arguments.text) == 1 else tuple(arguments.text)
+    console = Console(highlight=False)
+    ascii_only = not console.encoding.startswith("utf")
+    console.print(explain(arguments.folder, text, max_length=arguments.max_length, ascii_only=ascii_only))
 
 
 def _bench(arguments, command):

@@ -21,15 +21,15 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"modeling"},
     {"errors"},
-    {"cost", "gates", "losses", "schedule", "loading"},
+    {"cost", "depth", "gates", "losses", "schedule", "loading"},
     {"budget", "structure", "surgery", "teacher"},
     {"methods"},
     {"training"},
 )
-LEAVES = {"integrations", "model_card", "report", "bench", "cli", "sample_text"}
+LEAVES = {"integrations", "model_card", "reporting", "explain", "bench", "cli", "sample_text"}
 MAY_IMPORT_LEAVES = {"training", *LEAVES}
 SHIPPED_CODE_MAY_IMPORT = {"torch", "transformers", *sys.stdlib_module_names}
-DEPENDENCIES = {*SHIPPED_CODE_MAY_IMPORT, "accelerate", "datasets", "huggingface_hub", "safetensors", "tqdm"}
+DEPENDENCIES = {*SHIPPED_CODE_MAY_IMPORT, "accelerate", "datasets", "huggingface_hub", "rich", "safetensors", "tqdm"}
 
 
 def name_of(file):
