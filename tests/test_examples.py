@@ -63,8 +63,21 @@ def test_an_example_runs_and_saves_a_model_that_drops_tokens(run, capsys, name):
     assert len(model.token_pruner.sites) > 0
 
 
+def test_what_is_published_opens_without_the_package(run, capfd, monkeypatch):
+    output = run("publish")
+    said = capfd.readouterr().out
+    assert re.search(r"TokenPrunedBertForSequenceClassification \[\{'label': 'LABEL_\d', 'score': 0\.\d+\}\]", said)
+    assert "modeling_token_pruned.py" in said
+    assert "is ready" in said
+    pushed = []
+    for kind in (hf.PreTrainedModel, hf.PreTrainedTokenizerBase):
+        monkeypatch.setattr(kind, "push_to_hub", lambda self, name: pushed.append((type(self).__name__, name)))
+    run("publish", "--folder", str(output), "--push", "me/mine")
+    assert pushed == [("BertForSequenceClassification", "me/mine"), ("BertTokenizer", "me/mine")]
+
+
 def test_every_example_is_in_the_table():
-    assert {file.stem for file in FOLDER.glob("*.py") if "import tiny" in file.read_text()} == set(EXAMPLES)
+    assert {file.stem for file in FOLDER.glob("*.py") if "import tiny" in file.read_text()} == {*EXAMPLES, "publish"}
 
 
 def test_an_example_takes_a_model_and_data_of_ones_own(run, tmp_path):
