@@ -26,16 +26,16 @@ class ToP(GatedMethod):
     """Learn which ranks of tokens to drop in which layer, for a given share of the dense model's MACs.
 
     At each site the tokens of a text are ranked by the attention they receive; `rank_bins` gates say which bins of relative rank
-    survive (section 4.2). The expected MACs of all gates are held to a target
-    that tightens linearly from what the packed model spends to `target_macs` over four fifths of the annealing (section 4.3).
+    survive (section 4.2). The expected MACs of all gates are held to a target that tightens linearly from what the packed model
+    spends to `target_macs` over four fifths of the annealing (section 4.3).
     The teacher's logits are distilled, and its last layer's ranking of the tokens, with LambdaARP2, into the early layers
     (section 4.1).
 
     Two ways to hold the target. "lagrangian" is the paper's: all gates start open and alike, each site has one more that says
-    whether it prunes at all, and multipliers are learned that press on all of them; they need thousands of steps to follow. "projected" holds it exactly in every step: a common shift of all
-    gates is solved for, and the gates' gradient is projected onto the plane of equal cost, so that the task only moves tokens
-    from one bin or layer to another. The gates start in the order of rank and get steeper over the annealing, so that the
-    soft model ends as the hard one.
+    whether it prunes at all, and multipliers are learned that press on all of them; they need thousands of steps to follow.
+    "projected" holds it exactly in every step: a common shift of all gates is solved for, and the gates' gradient is projected
+    onto the plane of equal cost, so that the task only moves tokens from one bin or layer to another. The gates start in the
+    order of rank and get steeper over the annealing, so that the soft model ends as the hard one.
 
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's. 0.4 is 2.5 times fewer.
