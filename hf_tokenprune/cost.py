@@ -95,7 +95,7 @@ def block_shapes(model: nn.Module) -> list[BlockShape]:
     for shape, layer in zip(layer_shapes(model), get_layers(family, encoder), strict=True):
         ffn = 0
         if has_ffn(family, layer):
-            ffn = sum(_linear_macs(layer.get_submodule(path)) for path in (family.units_in, family.units_out))
+            ffn = sum(_linear_macs(layer.get_submodule(path)) for path in (*family.units_in, family.units_out))
         found.append(BlockShape((shape.before, shape.after - ffn), shape.attention, ffn))
     return found
 

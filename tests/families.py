@@ -33,18 +33,35 @@ TEXT_HEADS = (
     "ForMaskedLM",
     "ForMultipleChoice",
 )
+PLAIN_HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
 IMAGE_HEADS = ("Model", "ForImageClassification")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One family: its config, the stem of its class names, and its heads."""
+    """One family.
+
+    Args:
+        name: how the tests call it.
+        stem: of its class names.
+        config: of a tiny model.
+        heads: endings of its class names.
+        images: it reads images rather than texts.
+        summary: so many leading tokens are never dropped; below 0, so many last ones.
+        hidden: may hidden units be cut out of it?
+        weights: may anything?
+        title: its name in README.md.
+    """
 
     name: str
     stem: str
     config: hf.PretrainedConfig
     heads: tuple[str, ...] = TEXT_HEADS
     images: bool = False
+    summary: int = 1
+    hidden: bool = True
+    weights: bool = True
+    title: str = ""
 
 
 def _siglip():
@@ -76,18 +93,40 @@ FAMILIES = {
         Row("bert", "Bert", hf.BertConfig(**TEXT), (*TEXT_HEADS, "ForNextSentencePrediction")),
         Row("roberta", "Roberta", hf.RobertaConfig(**{**TEXT, "pad_token_id": 1})),
         Row("xlm-roberta", "XLMRoberta", hf.XLMRobertaConfig(**{**TEXT, "pad_token_id": 1})),
+        Row("roberta-prelayernorm", "RobertaPreLayerNorm", hf.RobertaPreLayerNormConfig(**{**TEXT, "pad_token_id": 1})),
+        Row("xlm-roberta-xl", "XLMRobertaXL", hf.XLMRobertaXLConfig(**{**TEXT, "pad_token_id": 1})),
+        Row("data2vec-text", "Data2VecText", hf.Data2VecTextConfig(**{**TEXT, "pad_token_id": 1})),
+        Row("layoutlm", "LayoutLM", hf.LayoutLMConfig(**TEXT), (*PLAIN_HEADS, "ForQuestionAnswering")),
         Row("camembert", "Camembert", hf.CamembertConfig(**{**TEXT, "pad_token_id": 1})),
         Row("electra", "Electra", hf.ElectraConfig(**TEXT, embedding_size=16)),
         Row("ernie", "Ernie", hf.ErnieConfig(**TEXT)),
-        Row("esm", "Esm", _esm(), ("Model", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")),
+        Row("esm", "Esm", _esm(), PLAIN_HEADS),
         Row("distilbert", "DistilBert", _distilbert()),
         Row("modernbert", "ModernBert", _modernbert()),
+        Row("nomic_bert", "NomicBert", hf.NomicBertConfig(**TEXT), PLAIN_HEADS),
+        Row("gte", "Gte", hf.GteConfig(**TEXT), PLAIN_HEADS),
+        Row(
+            "jina_embeddings_v3", "JinaEmbeddingsV3", hf.JinaEmbeddingsV3Config(**TEXT), (*PLAIN_HEADS, "ForQuestionAnswering")
+        ),
+        Row(
+            "eurobert",
+            "EuroBert",
+            hf.EuroBertConfig(**TEXT, num_key_value_heads=2, classifier_pooling="bos"),
+            PLAIN_HEADS,
+            hidden=False,
+        ),
         Row("vit", "ViT", hf.ViTConfig(**IMAGE), IMAGE_HEADS, images=True),
-        Row("deit", "DeiT", hf.DeiTConfig(**IMAGE), (*IMAGE_HEADS, "ForImageClassificationWithTeacher"), images=True),
+        Row("vit_msn", "ViTMSN", hf.ViTMSNConfig(**IMAGE), IMAGE_HEADS, images=True),
+        Row("ijepa", "IJepa", hf.IJepaConfig(**IMAGE), IMAGE_HEADS, images=True, summary=0),
+        Row(
+            "deit", "DeiT", hf.DeiTConfig(**IMAGE), (*IMAGE_HEADS, "ForImageClassificationWithTeacher"), images=True, summary=2
+        ),
         Row("dinov2", "Dinov2", hf.Dinov2Config(**IMAGE), IMAGE_HEADS, images=True),
-        Row("siglip", "Siglip", _siglip(), ("VisionModel", "ForImageClassification"), images=True),
+        Row("dinov2_with_registers", "Dinov2WithRegisters", hf.Dinov2WithRegistersConfig(**IMAGE), IMAGE_HEADS, images=True),
+        Row("siglip", "Siglip", _siglip(), ("VisionModel", "ForImageClassification"), images=True, summary=0, hidden=False),
     )
 }
+TEXTS = [name for name, row in FAMILIES.items() if not row.images]
 CASES = [(name, head) for name, row in FAMILIES.items() for head in row.heads]
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import threading
+from inspect import signature
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ TEXT = [name for name, row in FAMILIES.items() if not row.images]
 TEXT_CASES = [(name, head) for name in TEXT for head in ("ForSequenceClassification", "ForTokenClassification")]
 CLASSIFIERS = [(name, head) for name, head in CASES if head in ("ForSequenceClassification", "ForImageClassification")]
 TRAINABLE = [*CLASSIFIERS, *((name, "ForTokenClassification") for name in TEXT)]
-POOLED = [(name, head) for name, head in CLASSIFIERS if name not in ("dinov2", "siglip")]
+POOLED = [(name, head) for name, head in CLASSIFIERS if name not in ("dinov2", "dinov2_with_registers", "siglip", "ijepa")]
 DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "dropout", "attention_dropout",
     "seq_classif_dropout", "embedding_dropout", "mlp_dropout",
@@ -86,9 +87,11 @@ def test_packed_equals_dense_however_the_input_comes(name, head):
 def test_a_batch_of_one_given_by_place_equals_dense(name):
     head = one_class(name)
     model, inputs = build(name, head), make_inputs(name, head, lengths=(9,))
+    names = list(signature(model.forward).parameters)
+    by_place = [inputs.get(name) for name in names[: 1 + max(map(names.index, inputs))]]
     with torch.no_grad():
-        dense = model(*inputs.values()).logits
-        packed = tp.pack(model)(*inputs.values()).logits
+        dense = model(*by_place).logits
+        packed = tp.pack(model)(*by_place).logits
     torch.testing.assert_close(packed, dense, rtol=0, atol=1e-5)
 
 
@@ -175,6 +178,23 @@ def test_eval_is_deterministic(name):
     head = one_class(name)
     model, inputs = tp.pack(build(name, head)), make_inputs(name, head)
     assert torch.equal(outputs_of(model, inputs)["logits"], outputs_of(model, inputs)["logits"])
+
+
+def test_layoutlm_sees_its_boxes():
+    model, inputs = build("layoutlm", "ForTokenClassification"), make_inputs("layoutlm", "")
+    bare = outputs_of(model, inputs)["logits"]
+    low = torch.randint(0, 500, (5, 30, 2), generator=torch.Generator().manual_seed(0))
+    inputs["bbox"] = torch.cat([low, low + 100], -1)
+    dense = outputs_of(model, inputs)
+    assert not torch.allclose(dense["logits"], bare, atol=1e-2)
+    assert_same(outputs_of(tp.pack(model), inputs), dense)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "late"])
+def test_eurobert_may_pool_every_token(pooling):
+    model, inputs = build("eurobert", "ForSequenceClassification", classifier_pooling=pooling), make_inputs("eurobert", "")
+    dense = outputs_of(model, inputs)
+    assert_same(outputs_of(tp.pack(model), inputs), dense)
 
 
 # Training

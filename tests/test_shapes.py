@@ -45,6 +45,7 @@ CUTS = {
     "heads": cuts([[1, 3]] * 4),
     "hidden": cuts(hidden=range(16)),
     "an attention block": cuts([range(A), [], range(A), range(A)]),
+    "heads of groups": cuts([[0], [1], [], [0, 1]], [range(10), [], range(3, 9), range(7, 40, 3)]),
     "an FFN": cuts(units=[range(F), [], range(F), range(F)]),
     "other units in one layer": cuts(units=[range(F), range(20), range(F), range(F)]),
 }
@@ -97,6 +98,8 @@ SAVED = {
         ("modernbert", "ForMaskedLM", "mixed", dict),
         ("modernbert", HEAD, "the first layer", dict),
         ("modernbert", HEAD, "a layer", dict),
+        ("nomic_bert", TOKENS, "mixed", half),
+        ("eurobert", HEAD, "heads of groups", half),
         ("vit", IMAGES, "mixed", half),
         ("vit", IMAGES, "heads", dict),
         ("dinov2", "Model", "mixed", dict),
@@ -171,6 +174,7 @@ PLAIN = {  # which cuts a plain config can tell, by family
     "distilbert": ("a layer", "the first layer", "units", "heads and hidden"),
     "vit": ("a layer", "the first layer", "units", "heads and hidden", "heads", "hidden"),
     "modernbert": ("a layer", "units", "heads and hidden"),
+    "nomic_bert": ("a layer", "the first layer", "units", "heads and hidden", "heads", "hidden"),
     "dinov2": ("heads",),
     "siglip": ("a layer", "the first layer"),
 }
@@ -386,7 +390,7 @@ def test_a_block_that_is_gone_has_no_weights_and_costs_nothing(name, norm):
 # Dropping tokens.
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "esm", "vit", "siglip"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "nomic_bert", "esm", "vit", "siglip"])
 def test_tokens_are_dropped_from_a_cut_model_as_from_a_masked_one(name):
     head = IMAGES if FAMILIES[name].images else TOKENS
     inputs, sites = make_inputs(name, head, LENGTHS), (0, 1, 3) if name != "vit" else (0, 1)

@@ -169,11 +169,10 @@ class Foresight(Helper):
         terms = []
         for layer in objective.pruner.watched:
             call = objective.pruner.last_forward.calls[layer]
-            protected = call.batch.places < objective.pruner.family.summary_tokens
-            _, rank = relative_rank(call.importance, call.batch, protected)
+            _, rank = relative_rank(call.importance, call.batch, call.summary)
             logits = objective.samplers()[layer].logits(call.entered[0].detach())
             missed = logits[:, 1] - logits[:, 0] - 2 * self.FIRST * (1 - rank)
-            terms.append(missed[~protected].square().mean() / self.FIRST**2)
+            terms.append(missed[~call.summary].square().mean() / self.FIRST**2)
         return {"foresight": torch.stack(terms).mean()} if terms else {}
 
 

@@ -237,11 +237,11 @@ class RankingLoss(Helper):
 
 def _to_padded(call):
     """A layer's importance as `(B, S)`, and which of these entries are droppable tokens that it saw."""
-    batch, protected = call.batch, call.pruner.family.summary_tokens
+    batch = call.batch
     size = batch.batch_size * batch.seq_len
     flat = call.importance.new_zeros(size).index_copy(0, batch.index, call.importance)
     mask = torch.zeros(size, dtype=torch.bool, device=flat.device)
-    mask[batch.index[batch.places >= protected]] = True
+    mask[batch.index[~call.summary]] = True
     return flat.view(batch.batch_size, -1), mask.view(batch.batch_size, -1)
 
 

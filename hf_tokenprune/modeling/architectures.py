@@ -25,12 +25,14 @@ class Family:
             added to a residual: then only the FFN runs on the survivors, and the others leave at the end of the layer.
         cut_residual: which of the two `cut` is.
         summary_tokens: so many leading tokens are there to be read by heads (CLS, ...), so they are never dropped.
-        pooled_heads: endings of class names of heads that read nothing but the first token.
+        pools_last: causal models: heads and users read the last token of each sequence rather than leading ones.
+        pooled_heads: endings of class names of heads that read nothing but the first token, or the last.
+        own_mask: the encoder brings the mask into a form of its own before its layers get it.
         needs: config attributes and the values they must have.
         head_needs: the same for one head: ending of its class name, attribute, values.
         projections: paths from a layer to the Linears that make queries, keys and values; one Linear may make all three.
         context: path from a layer to the Linear that reads the context of all heads.
-        units_in: path from a layer to the Linear that makes the FFN's units; a gated FFN makes two of each.
+        units_in: paths from a layer to the Linears that make the FFN's units; a gated FFN makes two of each, by one Linear or two.
         units_out: path from a layer to the Linear that reads the FFN's units.
         ffn: path from a layer to the module whose result is the FFN block's: as `cut`, `(units, residual)` or one tensor.
         norms: paths to the norms after the two blocks where they are neither in `cut` and `ffn` nor before the block.
@@ -43,7 +45,9 @@ class Family:
     cut: str = "attention.output"
     cut_residual: bool = True
     summary_tokens: int = 1
+    pools_last: bool = False
     pooled_heads: tuple[str, ...] = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+    own_mask: bool = False
     needs: tuple[tuple[str, tuple], ...] = (
         ("is_decoder", (False,)),
         ("add_cross_attention", (False,)),
@@ -52,7 +56,7 @@ class Family:
     head_needs: tuple[tuple[str, str, tuple], ...] = ()
     projections: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
     context: str = "attention.output.dense"
-    units_in: str = "intermediate.dense"
+    units_in: tuple[str, ...] = ("intermediate.dense",)
     units_out: str = "output.dense"
     ffn: str = "output"
     norms: tuple[str, ...] = ()
@@ -68,15 +72,33 @@ VIT = {
     "needs": (),
     "projections": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     "context": "attention.o_proj",
-    "units_in": "mlp.fc1",
+    "units_in": ("mlp.fc1",),
     "units_out": "mlp.fc2",
     "ffn": "mlp",
+}
+
+ROTARY = {
+    "layers": "layers",
+    "attention": "self_attn",
+    "cut": "mlp",
+    "cut_residual": False,
+    "needs": (),
+    "projections": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "context": "self_attn.o_proj",
+    "units_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "units_out": "mlp.down_proj",
+    "ffn": "mlp",
+    "norms": ("post_attention_layernorm", "post_mlp_layernorm"),
 }
 
 FAMILIES = {
     "bert": Family("BertModel"),
     "roberta": Family("RobertaModel"),
+    "roberta-prelayernorm": Family("RobertaPreLayerNormModel"),
     "xlm-roberta": Family("XLMRobertaModel"),
+    "xlm-roberta-xl": Family("XLMRobertaXLModel"),
+    "data2vec-text": Family("Data2VecTextModel"),
+    "layoutlm": Family("LayoutLMModel", own_mask=True),
     "camembert": Family("CamembertModel"),
     "electra": Family("ElectraModel", head_needs=(("ForMultipleChoice", "summary_type", ("first",)),)),
     "ernie": Family("ErnieModel"),
@@ -90,7 +112,7 @@ FAMILIES = {
         needs=(("chunk_size_feed_forward", (0,)),),
         projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         context="attention.out_lin",
-        units_in="ffn.lin1",
+        units_in=("ffn.lin1",),
         units_out="ffn.lin2",
         ffn="ffn",
         norms=("sa_layer_norm", "output_layer_norm"),
@@ -104,14 +126,25 @@ FAMILIES = {
         needs=(),
         projections=("attn.Wqkv",),
         context="attn.Wo",
-        units_in="mlp.Wi",
+        units_in=("mlp.Wi",),
         units_out="mlp.Wo",
         ffn="mlp",
     ),
+    "nomic_bert": Family("NomicBertModel", **ROTARY),
+    "gte": Family("GteModel", **ROTARY),
+    "jina_embeddings_v3": Family("JinaEmbeddingsV3Model", **{**ROTARY, "units_in": ("mlp.fc1",), "units_out": "mlp.fc2"}),
+    # Its norms are no LayerNorms, which is what gates on hidden units know.
+    "eurobert": Family("EuroBertModel", **{**ROTARY, "norms": (), "hidden": False}),
     "vit": Family("ViTModel", **VIT),
+    "vit_msn": Family("ViTMSNModel", **VIT),
+    "ijepa": Family("IJepaModel", **{**VIT, "summary_tokens": 0, "pooled_heads": ()}),
     "deit": Family("DeiTModel", **{**VIT, "summary_tokens": 2}),
     "dinov2": Family(
         "Dinov2Model", **{**VIT, "layers": "encoder.layer", "pooled_heads": (), "needs": (("drop_path_rate", (0, 0.0)),)}
+    ),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel",
+        **{**VIT, "layers": "encoder.layer", "pooled_heads": (), "needs": (("drop_path_rate", (0, 0.0)),)},
     ),
     "siglip_vision_model": Family(
         "SiglipVisionModel",
@@ -170,7 +203,7 @@ def reads_only_pooled(family, model, encoder):
     transformers are known well enough to say so."""
     if model is encoder or not family.summary_tokens:
         return False
-    if getattr(encoder.config, "classifier_pooling", "cls") != "cls":
+    if getattr(encoder.config, "classifier_pooling", "cls") not in ("cls", "bos"):
         return False
     head = getattr(type(model), "_dense_class", type(model))
     return head.__module__.startswith("transformers.") and head.__name__.endswith(family.pooled_heads)

@@ -27,18 +27,30 @@ def two_dimensional_mask(batch_size, q_length, kv_length, attention_mask=None, *
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **_):
     """The attention function: `(1, heads, T, head_dim)` three times -> `((1, T, heads, head_dim), None)`.
 
+    Keys and values may have fewer heads, each of which serves a group of neighbouring query heads.
+
     `attention_mask` is the layer call. A tensor or None there comes from a model that merely shares a packed model's config
     object; it is treated as transformers' own "sdpa" would treat it.
     """
+    causal = getattr(module, "is_causal", False) and getattr(getattr(module, "config", None), "is_causal", True)
     if hasattr(attention_mask, "attend"):
-        return attention_mask.attend(query, key, value, dropout, scaling, sliding_window), None
+        return attention_mask.attend(query, key, value, dropout, scaling, sliding_window, causal), None
     if attention_mask is not None and attention_mask.ndim == 2:
         attention_mask = attention_mask[:, None, None, :].bool()
-    if sliding_window is not None:
-        place = torch.arange(query.shape[2], device=query.device)
-        window = (place[:, None] - place[None, :]).abs() < sliding_window
-        attention_mask = window if attention_mask is None else attention_mask & window
+    if sliding_window is not None or causal:
+        place = torch.arange(key.shape[2], device=query.device)
+        apart = place[-query.shape[2] :, None] - place[None, :]
+        seen = apart >= 0 if causal else torch.ones_like(apart, dtype=torch.bool)
+        seen = seen if sliding_window is None else seen & (apart.abs() < sliding_window)
+        attention_mask = seen if attention_mask is None else attention_mask & seen
+    key, value = for_every_head(key, query), for_every_head(value, query)
     return sdpa(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling).transpose(1, 2), None
+
+
+def for_every_head(shared, query):
+    """Keys or values `(B, fewer heads, T, head_dim)` -> `(B, heads, T, head_dim)`, one for each head of the queries."""
+    groups = query.shape[1] // shared.shape[1]
+    return shared if groups == 1 else shared.repeat_interleave(groups, 1)
 
 
 def weighted_softmax(scores, weight):
@@ -60,45 +72,79 @@ def weighted_softmax(scores, weight):
     return counted / (total + (total == 0))
 
 
+def evenly_received(seen, weight=None):
+    """What each token would receive if every query looked alike at all tokens it sees, for `importance` to be relative to.
+
+    Without a causal mask that is 1 for all. With it, the first token is seen by every query and the last by itself alone.
+
+    Args:
+        seen: `(count, queries, keys)` bool.
+        weight: `(count, keys)` how much each token counts, as a query and as a key; None = all fully.
+
+    Returns:
+        `(count, keys)`, 1 on average.
+
+    Example:
+        >>> evenly_received(torch.ones(3, 3).tril().bool()[None])
+        tensor([[1.8333, 0.8333, 0.3333]])
+    """
+    seen = seen.float()
+    weight = seen.new_ones(seen.shape[0], seen.shape[2]) if weight is None else weight.float()
+    total = torch.matmul(seen, weight[..., None]).squeeze(-1)
+    return torch.matmul((weight / (total + (total == 0)))[:, None], seen).squeeze(1)
+
+
 def packed_attention(
-    query, key, value, batch, *, dropout=0.0, scaling=None, window=None, importance=False, first_only=False, say=None
-):
+    query, key, value, batch, *,
+    dropout=0.0, scaling=None, window=None, causal=False, importance=False, asking=None, say=None,
+):  # fmt: skip
     """Attend within each sequence of a packed batch.
 
     Args:
-        query, key, value: `(1, heads, T, head_dim)`.
+        query, key, value: `(1, heads, T, head_dim)`; keys and values may have fewer heads.
         batch: the `PackedBatch`; its `weights` multiply each key's share of the softmax (a weight of 0 would be a key that
             is not there), which makes dropping a token the exact limit of gating it.
         window: attend to keys less than so many original positions away.
-        importance: also return the attention each token receives, mean over heads and queries.
-        say: `(heads,)` how much each head counts in the mean over heads, not all 0; None = all alike.
-        first_only: only the first token of each sequence asks; the other rows of the result are zeros.
+        causal: attend to no key that comes later.
+        importance: also return the attention each token receives, mean over heads and queries; if causal, relative to what it would
+            receive if all queries looked at everything they see alike, since early tokens are seen by more of them.
+        asking: `(number of non-empty sequences,)` packed row of the one token of each sequence that asks; the other rows of the
+            result are zeros. None = all ask.
+        say: `(heads,)` how much each head (or each that makes keys and values) counts in the mean over heads, not all 0;
+            None = all alike.
 
     Returns:
         `(context, importance)`: `(1, T, heads, head_dim)` and `(T,)` or None.
     """
     total, heads, width = query.shape[2], query.shape[1], value.shape[3]
+    key, value = for_every_head(key, query), for_every_head(value, query)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     window = None if window is None or window >= batch.seq_len else window
     explicit = importance or batch.weights is not None or (dropout > 0 and query.device.type == "cpu")
     if explicit:
         query = query * scaling
-    if len(batch.runs) == 1 and batch.runs[0][1] == 1 and not (explicit or window or first_only):
-        return sdpa(query, key, value, dropout_p=dropout, scale=scaling).transpose(1, 2), None
+    if len(batch.runs) == 1 and batch.runs[0][1] == 1 and not (explicit or window or asking is not None):
+        return sdpa(query, key, value, dropout_p=dropout, scale=scaling, is_causal=causal).transpose(1, 2), None
     # `split`, not slices: its gradient is one concatenation, where each slice's would be a tensor of the whole batch.
     sizes = [count * length for _, count, length in batch.runs]
-    pieces = zip(*(x[0].transpose(0, 1).split(sizes) for x in (query, key, value)), strict=True)
+    ask = sizes if asking is None else [count for _, count, _ in batch.runs]
+    queries, places, positions = query[0].transpose(0, 1), batch.places, batch.positions
+    if asking is not None:
+        queries, places, positions = queries[asking], places[asking], positions[asking]
+    pieces = zip(queries.split(ask), *(x[0].transpose(0, 1).split(sizes) for x in (key, value)), strict=True)
     weights = [None] * len(sizes) if batch.weights is None else batch.weights.split(sizes)
+    where = zip(places.split(ask), positions.split(ask), batch.positions.split(sizes), strict=True)
     contexts, received = [], []
-    for (start, count, length), piece, weight in zip(batch.runs, pieces, weights, strict=True):
-        q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in piece)
-        if first_only:
-            q = q[:, :, :1]
-        bias = None
+    for (_, count, length), piece, weight, (place, here, there) in zip(batch.runs, pieces, weights, where, strict=True):
+        q, k, v = (x.view(count, -1, *x.shape[1:]).transpose(1, 2) for x in piece)
+        seen = bias = None
+        if causal and (explicit or window is not None or asking is not None):
+            seen = place.view(count, -1, 1) >= torch.arange(length, device=place.device)
         if window is not None:
-            place = batch.positions[start : start + count * length].view(count, 1, length)
-            near = (place.transpose(1, 2)[:, : q.shape[2]] - place).abs() < window
-            bias = torch.zeros(near.shape, dtype=q.dtype, device=q.device).masked_fill(~near, float("-inf"))[:, None]
+            near = (here.view(count, -1, 1) - there.view(count, 1, -1)).abs() < window
+            seen = near if seen is None else seen & near
+        if seen is not None:
+            bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))[:, None]
         if weight is not None and not batch.masked:
             logs = weight.log().view(count, 1, 1, length)
             bias = logs if bias is None else bias + logs
@@ -110,15 +156,35 @@ def packed_attention(
             else:
                 shares = scores.softmax(-1, dtype=torch.float32)
             if importance:
-                asking = shares if weight is None else shares * weight.view(count, 1, length, 1)
-                heads_alike = asking.mean(2)  # (count, heads, length)
-                mean = heads_alike.mean(1) if say is None else torch.einsum("chl,h->cl", heads_alike, say / say.sum())
+                mean = received_by(shares, None if weight is None else weight.view(count, length), say)
+                if causal:
+                    even = evenly_received(seen, None if weight is None else weight.detach().view(count, length))
+                    mean = mean / (even + (even == 0))
                 received.append(mean.flatten())
             out = torch.matmul(drop(shares, dropout).to(v.dtype), v)
         else:
-            out = sdpa(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scaling)
+            out = sdpa(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scaling, is_causal=causal and bias is None)
         contexts.append(out.transpose(1, 2).reshape(-1, heads, width))
     context = torch.cat(contexts) if len(contexts) > 1 else contexts[0]
-    if first_only:
-        context = value.new_zeros(total, heads, width).index_copy(0, batch.first_rows, context)
+    if asking is not None:
+        context = value.new_zeros(total, heads, width).index_copy(0, asking, context)
     return context[None], torch.cat(received) if importance else None
+
+
+def received_by(shares, weight=None, say=None):
+    """The attention each token receives: mean over heads and queries.
+
+    Args:
+        shares: `(count, heads, queries, keys)` after the softmax.
+        weight: `(count, queries)` how much each query counts; None = all fully.
+        say: `(heads,)` or one for each group of neighbouring heads, how much they count; None = all alike.
+
+    Returns:
+        `(count, keys)`.
+    """
+    asking = shares if weight is None else shares * weight[:, None, :, None]
+    of_heads = asking.mean(2)
+    if say is None:
+        return of_heads.mean(1)
+    say = say.repeat_interleave(of_heads.shape[1] // len(say))
+    return torch.einsum("chl,h->cl", of_heads, say / say.sum())

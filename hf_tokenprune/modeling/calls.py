@@ -57,7 +57,8 @@ class LayerCall:
         site: the selector, if the layer is a site where tokens may be dropped this time.
         gates: what stands in for the selector in training, or None; see `TokenPruner.soft`.
         protected: `(T,)` bool at a site, else None.
-        first_only: only the first token of each sequence is read after this layer.
+        pooled: `(K,)` rows of the tokens, one of each sequence, that alone are read after this layer; None = all may be.
+        summary: `(T,)` bool, the tokens that are there to be read by heads.
         watched: importance is wanted even if there is no site.
         rows: `(K,)` the tokens that stay, known once attention has run; None = all, who are then in `everyone` if gated.
         survivors: the tokens that leave the layer on its normal way.
@@ -73,7 +74,8 @@ class LayerCall:
     site: Any = None
     gates: Any = None
     protected: torch.Tensor | None = None
-    first_only: bool = False
+    pooled: torch.Tensor | None = None
+    summary: torch.Tensor | None = None
     watched: bool = False
     rows: torch.Tensor | None = None
     survivors: PackedBatch | None = None
@@ -81,16 +83,26 @@ class LayerCall:
     importance: torch.Tensor | None = None
     left: torch.Tensor | None = None
 
-    def attend(self, query, key, value, dropout, scaling, window):
+    @property
+    def needs_importance(self):
+        """Must this layer's attention say what each token receives?"""
+        return self.watched or self.site is not None
+
+    def attend(self, query, key, value, dropout, scaling, window, causal):
         """Attention of this layer; chooses the survivors on the way."""
         active.call = self
         context, importance = packed_attention(
             query, key, value, self.batch,
-            dropout=dropout, scaling=scaling, window=window,
-            importance=self.watched or self.site is not None,
-            first_only=self.first_only and not self.watched,
+            dropout=dropout, scaling=scaling, window=window, causal=causal,
+            importance=self.needs_importance,
+            asking=None if self.watched else self.pooled,
             say=None if self.pruner.structure is None else self.pruner.structure.say(self.layer),
         )  # fmt: skip
+        self.decide(importance)
+        return context
+
+    def decide(self, importance):
+        """Choose the survivors, now that the importance of the tokens `(T,)` is known (None where nobody needs it)."""
         again = self.survivors is not None
         weights = None if self.gates is None else self._weights(importance)
         if again:
@@ -100,7 +112,6 @@ class LayerCall:
         else:
             self.importance = importance
             self._choose(weights)
-        return context
 
     def skip(self):
         """There is no attention in this layer."""
@@ -116,8 +127,8 @@ class LayerCall:
 
     def _choose(self, weights):
         self.survivors = self.batch
-        if self.first_only:
-            rows = self.batch.first_rows
+        if self.pooled is not None:
+            rows = self.pooled
         elif self.site is None:
             return
         elif weights is not None:
@@ -145,7 +156,7 @@ class LayerCall:
 
     def trace(self):
         entered = self.batch.lengths
-        asking = [min(n, 1) for n in entered] if self.first_only and not self.watched else entered
+        asking = entered if self.pooled is None or self.watched else [min(n, 1) for n in entered]
         return LayerTrace(self.arrived, entered, asking, self.survivors.lengths)
 
 
@@ -156,7 +167,10 @@ class Forward:
     Args:
         pruner: the model's `TokenPruner`.
         input_ids: `(B, S)`, or None if the caller passed embeddings or pixels.
-        first_only: nothing but the first token of the last layer is read.
+        mask: the `attention_mask` that the caller passed.
+        head_reads: the model's own head is calling, and reads nothing but one pooled token of each sequence.
+        return_tuple: the caller wants a tuple.
+        keeps_states: hidden states were asked for, so that other tokens than the pooled one are read.
         outer: the forward that this one runs inside of, on the same thread.
         calls: one `LayerCall` per layer so far.
         departed: for each layer that dropped tokens, `(layer, (index, states))`.
@@ -164,19 +178,65 @@ class Forward:
 
     pruner: Any
     input_ids: torch.Tensor | None
-    first_only: bool
+    mask: Any
+    head_reads: bool
     return_tuple: bool
+    keeps_states: bool
     outer: Any = None
     calls: list[LayerCall] = field(default_factory=list)
     departed: list = field(default_factory=list)
     gathered: dict = field(default_factory=dict)
+    read: torch.Tensor | None = None
     guarded: torch.Tensor | None = None
+
+    @property
+    def pooled_only(self):
+        """Is nothing but the pooled token of the last layer read?"""
+        return self.head_reads and not self.keeps_states
+
+    def begin(self, batch):
+        """Find the tokens that heads read, in the batch of all real tokens."""
+        self.read = torch.zeros(batch.batch_size * batch.seq_len, dtype=torch.bool, device=batch.index.device)
+        family = self.pruner.family
+        if not family.pools_last:
+            if self.pruner.pooled_head and not batch.dense:
+                _check_first_position(batch)
+            self.read[batch.index[batch.places < family.summary_tokens]] = True
+        elif self.head_reads:
+            self.read[self._last_that_is_no_padding(batch)] = True
+        else:
+            self.read[batch.index[batch.last_rows]] = True
+
+    def _last_that_is_no_padding(self, batch):
+        """Where in the flat padded batch the tokens stand that transformers' classification heads of causal models read: the last
+        of each sequence whose id is not that of padding, or its very last position where there are no ids."""
+        device, pad = batch.index.device, self.pruner.padding_id
+        last = torch.full((batch.batch_size,), batch.seq_len - 1, device=device)
+        if self.input_ids is not None and pad is not None:
+            place = torch.arange(batch.seq_len, device=device)
+            last = ((self.input_ids.to(device) != pad) * place).argmax(1)
+        flat = last + batch.seq_len * torch.arange(batch.batch_size, device=device)
+        real = torch.zeros_like(self.read).index_fill_(0, batch.index, True).view(batch.batch_size, -1)
+        if (real.any(1) & ~real.view(-1)[flat]).any():
+            raise UnsupportedInputError(
+                "attention_mask marks as padding what this model's head reads: the last token that is not the padding token "
+                f"(config.pad_token_id = {pad}) in input_ids, or the last position where there are no input_ids. Pad with that token, and "
+                "where you pass inputs_embeds pad on the left: tokenizer.padding_side = 'left'."
+            )
+        return flat[real.any(1)]
+
+    def summary(self, batch):
+        """`(T,)` bool: tokens that are there to be read by heads."""
+        return self.read[batch.index]
+
+    def pooled(self, batch):
+        """`(number of non-empty sequences,)` rows of the tokens that a pooled head reads."""
+        return self.read[batch.index].nonzero().squeeze(1) if self.pruner.family.pools_last else batch.first_rows
 
     def protected(self, batch):
         """`(T,)` bool: summary tokens, and tokens whose id the user protects."""
         if self.guarded is None:
-            self.guarded = torch.zeros(batch.batch_size * batch.seq_len, dtype=torch.bool, device=batch.index.device)
-            self.guarded[batch.index[batch.places < self.pruner.family.summary_tokens]] = True
+            self.guarded = self.read
             if self.pruner.protected_ids:
                 if self.input_ids is None:
                     raise UnsupportedInputError(
@@ -184,7 +244,7 @@ class Forward:
                         "in. Pass input_ids, or attach without protected_token_ids."
                     )
                 ids = torch.tensor(self.pruner.protected_ids, device=self.input_ids.device)
-                self.guarded |= torch.isin(self.input_ids.reshape(-1), ids)
+                self.guarded = self.read | torch.isin(self.input_ids.reshape(-1), ids)
         return self.guarded[batch.index]
 
     def gather(self, value, batch):
@@ -203,3 +263,11 @@ class Forward:
         site = self.pruner.site(0)
         door = number == 0 and site is not None and site.before  # what a sampler drops before the first layer was in its input
         return batch.unpack(states, [gone for layer, gone in self.departed if layer < number + door])
+
+
+def _check_first_position(batch):
+    if (batch.positions[batch.first_rows] != 0).any():
+        raise UnsupportedInputError(
+            "attention_mask marks the first position of a sequence as padding, but this model's head reads the first position. "
+            "Pad on the right: tokenizer.padding_side = 'right'."
+        )

@@ -120,6 +120,12 @@ class PackedBatch:
         rows = [start for start, length in zip(self.starts, self.lengths, strict=False) if length]
         return torch.tensor(rows, dtype=torch.long, device=self.index.device)
 
+    @cached_property
+    def last_rows(self):
+        """`(number of non-empty sequences,)` packed row of the last token of each sequence."""
+        rows = [start + length - 1 for start, length in zip(self.starts, self.lengths, strict=False) if length]
+        return torch.tensor(rows, dtype=torch.long, device=self.index.device)
+
     def pack(self, padded):
         """`(B, S, *rest)` or, for something all samples share, `(1, S, *rest)` -> `(1, T, *rest)`."""
         if padded.shape[0] == 1 and self.batch_size > 1:

@@ -5,7 +5,7 @@ What one forward has to remember is in `calls`. The hooks before and after each 
 """
 
 import contextlib
-import functools
+from inspect import signature
 
 import torch
 from torch import nn
@@ -47,6 +47,7 @@ class TokenPruner(nn.Module):
         layers = get_layers(self.family, encoder)
         self._measure(encoder, layers)
         self.pooled_head = reads_only_pooled(self.family, model, encoder)
+        self.padding_id = getattr(encoder.config, "pad_token_id", None)
         self.protected_ids = settings["protected_token_ids"]
         self.sites = nn.ModuleDict()
         for site in settings["sites"]:
@@ -145,12 +146,15 @@ class TokenPruner(nn.Module):
         keep = self.handles.append
         keep(encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True))
         keep(encoder.register_forward_hook(self._after_encoder, always_call=True))
-        for number, layer in enumerate(layers):
-            keep(layer.register_forward_pre_hook(functools.partial(self._before_layer, number), with_kwargs=True))
+        chooses = [
+            (site is not None and not site.before) or (self.pooled_head and number == len(layers) - 1)
+            for number, site in enumerate(map(self.site, range(len(layers))))
+        ]
+        for layer in dict.fromkeys(layers):  # a shared one is there many times
+            keep(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
             # Before any hook of transformers that records hidden states, so that these are of the tokens that stay.
             keep(layer.register_forward_hook(self._after_layer, prepend=True))
-            site = self.site(number)
-            if (site is not None and not site.before) or (self.pooled_head and number == len(layers) - 1):
+            if any(here for here, other in zip(chooses, layers, strict=True) if other is layer):
                 cut = layer.get_submodule(self.family.cut)
                 keep(cut.register_forward_pre_hook(self._before_cut))
                 if not self.family.cut_residual:
@@ -195,7 +199,10 @@ class TokenPruner(nn.Module):
                 raise UnsupportedInputError(
                     f"{name} was given, but a packed model is an encoder: it has no cache and no cross-attention."
                 )
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        if self.family.pools_last and "use_cache" in signature(encoder.forward).parameters:
+            kwargs = {**kwargs, "use_cache": False}  # else the config, made for generation, would have one filled
+        given = signature(encoder.forward).bind_partial(*args, **kwargs).arguments
+        ids = given.get("input_ids")
         is_ids = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
         # Anew in every forward: a model with the same config object may have been detached, or this one come out of a pickle.
         self._use_packed_attention(encoder)
@@ -203,20 +210,23 @@ class TokenPruner(nn.Module):
         active.forward = Forward(
             self,
             ids if is_ids else None,
-            self.pooled_head and active.head is self and not asked["output_hidden_states"],
-            return_tuple,
+            given.get("attention_mask"),
+            head_reads=self.pooled_head and active.head is self,
+            return_tuple=return_tuple,
+            keeps_states=asked["output_hidden_states"],
             outer=active.forward,
         )
         return args, {**kwargs, "return_dict": True}
 
-    def _before_layer(self, number, layer, args, kwargs):
+    def _before_layer(self, layer, args, kwargs):
         forward = active.forward
+        number = len(forward.calls)
         states = args[0] if args else kwargs["hidden_states"]
         if number == 0:
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+            mask = forward.mask if self.family.own_mask else mask
             batch = PackedBatch.from_mask(mask, batch_size=states.shape[0], seq_len=states.shape[1], device=states.device)
-            if self.pooled_head and not batch.dense:
-                _check_first_position(batch)
+            forward.begin(batch)
             states = batch.pack(states)
         else:
             batch = forward.calls[-1].survivors
@@ -231,7 +241,8 @@ class TokenPruner(nn.Module):
             site=site,
             gates=self.soft[number] if site is not None and self.is_soft else None,
             protected=None if site is None else forward.protected(batch),
-            first_only=forward.first_only and number == self.layer_count - 1,
+            pooled=forward.pooled(batch) if forward.pooled_only and number == self.layer_count - 1 else None,
+            summary=forward.summary(batch) if number in self.watched else None,
             watched=number in self.watched,
         )  # fmt: skip
         forward.calls.append(call)
@@ -258,7 +269,7 @@ class TokenPruner(nn.Module):
         rows = keep.nonzero().squeeze(1)
         if rows.shape[0] == batch.total:
             return batch, states
-        if not forward.first_only:
+        if not forward.pooled_only:
             forward.departed.append((number, (batch.index[~keep], states[:, ~keep])))
         return batch.select(rows), states.index_select(1, rows)
 
@@ -278,7 +289,7 @@ class TokenPruner(nn.Module):
         states = output[0] if isinstance(output, tuple) else output
         if not self.family.cut_residual:
             states = call.stay(states)
-        if not forward.first_only:
+        if not forward.pooled_only:
             if call.survivors.weights is not None:
                 weights = call.survivors.weights[:, None].to(states.dtype)
                 states = weights * states + (1 - weights) * call.stay(call.entered)
@@ -309,11 +320,3 @@ class TokenPruner(nn.Module):
         if states is not None:
             output.hidden_states = tuple(forward.padded(number, state) for number, state in enumerate(states))
         return output.to_tuple() if forward.return_tuple else output
-
-
-def _check_first_position(batch):
-    if (batch.positions[batch.first_rows] != 0).any():
-        raise UnsupportedInputError(
-            "attention_mask marks the first position of a sequence as padding, but this model's head reads the first position. "
-            "Pad on the right: tokenizer.padding_side = 'right'."
-        )

@@ -25,6 +25,7 @@ SIZES = (
     "num_hidden_layers",
     "hidden_size",
     "num_attention_heads",
+    "num_key_value_heads",
     "intermediate_size",
     "hidden_dim",
     "head_dim",
@@ -78,9 +79,14 @@ def has_ffn(family, layer):
 
 
 def head_size(family, layer):
-    """Width of one head of a layer that has any."""
+    """Width of one head of a layer that has any; where several queries share keys and values, of such a group: it is cut as one."""
     attention = layer.get_submodule(family.attention)
-    return getattr(attention, "head_dim", None) or attention.attention_head_size
+    return (getattr(attention, "head_dim", None) or attention.attention_head_size) * _group_size(attention)
+
+
+def _group_size(attention):
+    """How many query heads share one head of keys and values."""
+    return getattr(attention, "num_key_value_groups", 1)
 
 
 def sizes_of(model):
@@ -273,7 +279,8 @@ def _cut_heads(family, layer, chosen, select):
         return
     for path in family.projections:
         linear = layer.get_submodule(path)
-        index = _spread(chosen, count, linear.out_features // context.in_features, width)
+        times = 3 // len(family.projections)  # one that makes all three
+        index = _spread(chosen, count, times, linear.out_features // (times * count))
         select(linear.weight, 0, index)
         if linear.bias is not None:
             select(linear.bias, 0, index)
@@ -281,20 +288,22 @@ def _cut_heads(family, layer, chosen, select):
 
 
 def _cut_units(family, layer, chosen, select):
-    writer, reader = layer.get_submodule(family.units_in), layer.get_submodule(family.units_out)
+    reader = layer.get_submodule(family.units_out)
     if not len(chosen):
         if family.cut_residual:
-            layer.set_submodule(family.units_in.rpartition(".")[0], NoUnits())
+            layer.set_submodule(family.units_in[0].rpartition(".")[0], NoUnits())
             layer.set_submodule(family.ffn, Residual())
         else:
             layer.set_submodule(family.ffn, NoBlock())
             if family.norms:
                 layer.set_submodule(family.norms[1], nn.Identity())
         return
-    index = _spread(chosen, reader.in_features, writer.out_features // reader.in_features)
-    select(writer.weight, 0, index)
-    if writer.bias is not None:
-        select(writer.bias, 0, index)
+    for path in family.units_in:
+        writer = layer.get_submodule(path)
+        index = _spread(chosen, reader.in_features, writer.out_features // reader.in_features)
+        select(writer.weight, 0, index)
+        if writer.bias is not None:
+            select(writer.bias, 0, index)
     select(reader.weight, 1, list(chosen))
 
 
@@ -403,9 +412,8 @@ def _not_hidden(family, model):
     apart = set()
     for layer in get_layers(*find_encoder(model, check=False)):
         for path, dim in (
-            *((path, 0) for path in family.projections),
+            *((path, 0) for path in (*family.projections, *family.units_in)),
             (family.context, 1),
-            (family.units_in, 0),
             (family.units_out, 1),
         ):
             linear = layer.get_submodule(path)
@@ -461,13 +469,19 @@ def _adopt_plain_config(model):
     old = encoder.config
     layers = encoder._cut["layers"]
     wanted = {"num_hidden_layers": len(layers), "hidden_size": hidden}
-    wanted["num_attention_heads"] = heads[0]
+    attention = get_layers(family, encoder)[0].get_submodule(family.attention)
+    group = _group_size(attention) if heads[0] else 1
+    wanted["num_attention_heads"] = heads[0] * group
+    if hasattr(old, "num_key_value_heads"):
+        wanted["num_key_value_heads"] = heads[0]
     for name in ("intermediate_size", "hidden_dim"):  # DINOv2 has neither, but a ratio
         if hasattr(old, name):
             wanted[name] = units[0]
             break
-    width = head_size(family, get_layers(family, encoder)[0]) if heads[0] else 0
-    if hidden != heads[0] * width:  # some families have a size of their own for this
+    width = head_size(family, get_layers(family, encoder)[0]) // group if heads[0] else 0
+    if (
+        hidden != heads[0] * group * width or getattr(old, "head_dim", None) is not None
+    ):  # some have a size of their own for this
         wanted["head_dim"] = width
     if isinstance(getattr(old, "layer_types", None), list):
         wanted["layer_types"] = [old.layer_types[i] for i in layers]
