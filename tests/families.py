@@ -34,6 +34,7 @@ TEXT_HEADS = (
     "ForMultipleChoice",
 )
 PLAIN_HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
+CAUSAL_HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 IMAGE_HEADS = ("Model", "ForImageClassification")
 
 
@@ -87,6 +88,16 @@ def _esm():
     return hf.EsmConfig(**config)
 
 
+def _causal(config, **more):
+    text = {**TEXT, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "classifier_dropout": 0.1}
+    return config(**text, **more)
+
+
+def _gemma3():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    return _causal(hf.Gemma3TextConfig, sliding_window=8, layer_types=kinds, query_pre_attn_scalar=8)
+
+
 FAMILIES = {
     row.name: row
     for row in (
@@ -115,6 +126,11 @@ FAMILIES = {
             PLAIN_HEADS,
             hidden=False,
         ),
+        Row("llama", "Llama", _causal(hf.LlamaConfig), CAUSAL_HEADS, summary=-1, hidden=False),
+        Row("mistral", "Mistral", _causal(hf.MistralConfig, sliding_window=8), CAUSAL_HEADS, summary=-1, hidden=False),
+        Row("qwen2", "Qwen2", _causal(hf.Qwen2Config), CAUSAL_HEADS, summary=-1, hidden=False),
+        Row("qwen3", "Qwen3", _causal(hf.Qwen3Config), CAUSAL_HEADS, summary=-1, hidden=False),
+        Row("gemma3", "Gemma3Text", _gemma3(), CAUSAL_HEADS[:2], summary=-1, hidden=False, weights=False),
         Row("vit", "ViT", hf.ViTConfig(**IMAGE), IMAGE_HEADS, images=True),
         Row("vit_msn", "ViTMSN", hf.ViTMSNConfig(**IMAGE), IMAGE_HEADS, images=True),
         Row("ijepa", "IJepa", hf.IJepaConfig(**IMAGE), IMAGE_HEADS, images=True, summary=0),
@@ -128,6 +144,16 @@ FAMILIES = {
 }
 TEXTS = [name for name, row in FAMILIES.items() if not row.images]
 CASES = [(name, head) for name, row in FAMILIES.items() for head in row.heads]
+
+
+def class_head(name):
+    """The head of a family that judges a whole sample."""
+    return "ForImageClassification" if FAMILIES[name].images else "ForSequenceClassification"
+
+
+def token_head(name):
+    """The head of a family that reads every token, if it has one; else that which judges a whole sample."""
+    return "ForTokenClassification" if "ForTokenClassification" in FAMILIES[name].heads else class_head(name)
 
 
 def build(name, head, seed=0, **overrides):
@@ -162,6 +188,12 @@ def make_inputs(name, head, lengths=(17, 5, 30, 17, 1), seed=0, seq_len=None):
         inputs = {key: torch.stack([value, value], 1) for key, value in inputs.items()}
         inputs["input_ids"][:, 1, 1:] = torch.where(mask[:, 1:], (ids[:, 1:] * 7) % (VOCAB - 5) + 5, pad)
     return inputs
+
+
+def padded_left(inputs):
+    """The same texts with their padding before them."""
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    return {key: torch.stack([row.roll(-n, 0) for row, n in zip(value, lengths, strict=True)]) for key, value in inputs.items()}
 
 
 def outputs_of(model, inputs):

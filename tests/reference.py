@@ -20,7 +20,7 @@ class Rule:
 
     Args:
         stays: `(rank, n) -> bool`.
-        summary: so many leading tokens are never dropped.
+        summary: so many leading tokens are never dropped; below 0, so many last ones.
         protected_ids: nor are tokens with these ids.
     """
 
@@ -47,19 +47,21 @@ class Reference:
     Args:
         model: the dense model, set to eager attention.
         sites: `{layer: Rule}`.
+        causal: importance is relative to what a token would get if all who see it looked at everything they see alike.
 
     Attributes:
         alive: after a call, `(rows, length)` bool per layer: who is left after it.
     """
 
-    def __init__(self, model, sites):
-        self.model, self.sites, self.alive = model, sites, []
+    def __init__(self, model, sites, causal=False):
+        self.model, self.sites, self.causal, self.alive = model, sites, causal, []
         self.layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == DEPTH)
 
     def __call__(self, inputs):
         """The model's output for sequences of one length, given without padding."""
         self.ids = inputs.get("input_ids")
         self.alive = []
+        self.model.config.use_cache = False  # causal models fill one otherwise, and count it as an output
         with torch.no_grad(), self._hooked():
             return self.model(**inputs)
 
@@ -87,6 +89,7 @@ class Reference:
         mask = mask.masked_fill(~self.alive[-1][:, None, None, :], lowest)
         given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         mask = mask if given is None else torch.minimum(mask, given)
+        self.seen = mask == 0
         if len(args) > 1:
             return (args[0], mask, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
@@ -110,8 +113,13 @@ class Reference:
     def _survivors(self, rule, row, alive):
         living = alive.nonzero().flatten().tolist()
         received = self.attention[row][:, living].mean((0, 1))
+        if self.causal:
+            for key in living:
+                sees = [self.seen[row, 0, query].sum() for query in living if self.seen[row, 0, query, key]]
+                received[key] /= sum(1 / count for count in sees)
         ids = self.ids.reshape(-1, alive.shape[0])[row].tolist() if rule.protected_ids else None
-        protected = [i for i in living if i < rule.summary or (ids and ids[i] in rule.protected_ids)]
+        kept = living[rule.summary :] if rule.summary < 0 else range(rule.summary)
+        protected = [i for i in living if i in kept or (ids and ids[i] in rule.protected_ids)]
         droppable = sorted((i for i in living if i not in protected), key=lambda i: -received[i])
         stay = {i for rank, i in enumerate(droppable) if rule.stays(rank, len(droppable)) or (rank == 0 and not protected)}
         return torch.tensor([i in stay or i in protected for i in range(alive.shape[0])])

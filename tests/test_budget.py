@@ -11,7 +11,8 @@ BINS = 4
 CASES = [
     (name, head)
     for name, row in FAMILIES.items()
-    for head in (("ForImageClassification",) if row.images else ("ForSequenceClassification", "ForTokenClassification"))
+    for head in ("ForImageClassification", "ForSequenceClassification", "ForTokenClassification")
+    if head in row.heads
 ]
 SOME = [("bert", "ForSequenceClassification"), ("distilbert", "ForTokenClassification"), ("deit", "ForImageClassification")]
 ALL = [1] * BINS

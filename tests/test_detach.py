@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as hf
 from families import CASES, FAMILIES, TEXT, build, make_inputs, outputs_of
+from families import class_head as one_head
 from torch import nn
 
 import hf_tokenprune as tp
@@ -40,10 +41,6 @@ def assert_untouched(model, before):
     after = footprint(model)
     for key in before:
         assert after[key] == before[key], key
-
-
-def one_head(name):
-    return "ForImageClassification" if FAMILIES[name].images else "ForSequenceClassification"
 
 
 @pytest.mark.parametrize(("name", "head"), CASES)
@@ -151,6 +148,8 @@ UNSUPPORTED = {
     "ALBERT": lambda: hf.AlbertModel(hf.AlbertConfig(**SMALL, embedding_size=16, intermediate_size=48)),
     "MPNet": lambda: hf.MPNetModel(hf.MPNetConfig(**SMALL, intermediate_size=48)),
     "DeBERTa": lambda: hf.DebertaV2Model(hf.DebertaV2Config(**SMALL, intermediate_size=48)),
+    "Llama that generates": lambda: hf.LlamaForCausalLM(FAMILIES["llama"].config),
+    "Gemma 3 that generates": lambda: hf.Gemma3ForCausalLM(FAMILIES["gemma3"].config),
     "CLIP": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2,
                                                            num_attention_heads=2, image_size=8, patch_size=4)),
     "decoder BERT": lambda: build("bert", "Model", is_decoder=True),

@@ -8,14 +8,16 @@ from inspect import signature
 import pytest
 import torch
 import transformers as hf
-from families import CASES, FAMILIES, build, make_inputs, outputs_of
+from families import CASES, FAMILIES, TEXTS, build, make_inputs, outputs_of, padded_left
+from families import class_head as one_class
 from torch.nn import functional
 from transformers import AttentionInterface
 
 import hf_tokenprune as tp
 
-TEXT = [name for name, row in FAMILIES.items() if not row.images]
-TEXT_CASES = [(name, head) for name in TEXT for head in ("ForSequenceClassification", "ForTokenClassification")]
+TEXT = [name for name in TEXTS if "ForTokenClassification" in FAMILIES[name].heads]
+TEXT_CASES = [case for case in CASES if case[1] in ("ForSequenceClassification", "ForTokenClassification")]
+CAUSAL = [name for name in TEXTS if FAMILIES[name].summary < 0]
 CLASSIFIERS = [(name, head) for name, head in CASES if head in ("ForSequenceClassification", "ForImageClassification")]
 TRAINABLE = [*CLASSIFIERS, *((name, "ForTokenClassification") for name in TEXT)]
 POOLED = [(name, head) for name, head in CLASSIFIERS if name not in ("dinov2", "dinov2_with_registers", "siglip", "ijepa")]
@@ -46,10 +48,6 @@ def with_dropout(name, **rates):
     return rates if vision is None else {"vision_config": {**vision.to_dict(), **rates}}
 
 
-def one_class(name):
-    return "ForImageClassification" if FAMILIES[name].images else "ForSequenceClassification"
-
-
 @pytest.mark.parametrize(("name", "head"), CASES)
 def test_packed_equals_dense(name, head):
     model, inputs = build(name, head), make_inputs(name, head)
@@ -76,6 +74,8 @@ CHANGES = {
 @pytest.mark.parametrize(("name", "head"), TEXT_CASES)
 def test_packed_equals_dense_however_the_input_comes(name, head):
     model, inputs = build(name, head), make_inputs(name, head)
+    if name in CAUSAL and head == "ForSequenceClassification":
+        inputs = padded_left(inputs)  # it looks for its token at the end if it is given embeddings
     changed = {change: make(model, inputs) for change, make in CHANGES.items()}
     dense = {change: outputs_of(model, inputs) for change, inputs in changed.items()}
     tp.pack(model)
@@ -118,7 +118,7 @@ def test_mean_pooling_takes_left_padding():
     assert_same(outputs_of(tp.pack(model), inputs), dense)
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", [name for name in TEXTS if name not in CAUSAL])
 def test_left_padding_under_a_pooled_head_names_the_remedy(name):
     model, inputs = build(name, "ForSequenceClassification"), make_inputs(name, "", lengths=(6, 6))
     dense = outputs_of(model, inputs)
@@ -329,6 +329,68 @@ def test_outputs_have_the_form_that_was_asked_for(name, head, way):
         else:
             per_token = "attention_mask" in inputs and b.shape[:2] == inputs["attention_mask"].shape and b.ndim == 3
             assert_same_hidden_states([a], [b], inputs if per_token else {})
+
+
+# Causal models, whose heads read the last token
+
+
+@pytest.mark.parametrize(("name", "head"), [case for case in CASES if case[0] in CAUSAL])
+def test_causal_models_take_padding_on_the_left(name, head):
+    model, inputs = build(name, head), padded_left(make_inputs(name, head))
+    dense = outputs_of(model, inputs)
+    packed = tp.pack(model)
+    assert_same(outputs_of(packed, inputs), dense)
+    shifted = {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    assert_same(outputs_of(packed, {**inputs, **shifted}), dense)  # only distances count
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_pooled_token_of_a_causal_model_is_the_one_that_transformers_reads(name):
+    """The last whose id is not that of padding, even if real tokens have that id, too."""
+    model, inputs = build(name, "ForSequenceClassification"), make_inputs(name, "", lengths=(12, 20, 7, 20))
+    inputs["input_ids"][0, 10:12] = inputs["input_ids"][1, 15] = inputs["input_ids"][3, 19] = FAMILIES[name].config.pad_token_id
+    for given in (inputs, padded_left(inputs), {"input_ids": inputs["input_ids"]}):
+        dense = outputs_of(tp.detach(model), given)
+        for sites in ((), (0, 2)):
+            tp.attach(model, {layer: tp.TopK(1.0) for layer in sites})
+            assert_same(outputs_of(model, given), dense)
+            with torch.no_grad():
+                states = model(**given, output_hidden_states=True)
+            torch.testing.assert_close(states.logits, dense["logits"], rtol=0, atol=1e-5)
+            tp.attach(model, {0: tp.TopK(1)})
+            assert outputs_of(model, given)["logits"].isfinite().all()
+
+
+def test_a_causal_head_that_would_read_padding_is_told_so():
+    model, inputs = tp.pack(build("llama", "ForSequenceClassification")), make_inputs("llama", "")
+    with pytest.raises(tp.errors.UnsupportedInputError, match="padding_side = 'left'"):
+        model(**embedded(model, inputs))
+    inputs["input_ids"][1, 7] = 9
+    with pytest.raises(tp.errors.UnsupportedInputError, match="pad_token_id = 0"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_cache_is_filled_and_one_that_is_asked_for_is_refused(name):
+    model, inputs = tp.pack(build(name, "Model")), make_inputs(name, "")
+    assert model.config.use_cache
+    with torch.no_grad():
+        assert model(**inputs).past_key_values is None
+    with pytest.raises(tp.errors.UnsupportedInputError, match="use_cache"):
+        model(**inputs, use_cache=True)
+
+
+def test_a_causal_config_may_ask_for_attention_in_both_directions():
+    inputs = make_inputs("llama", "")
+    model = build("llama", "Model", is_causal=False)
+    dense = outputs_of(model, inputs)
+    assert not torch.allclose(
+        dense["last_hidden_state"], outputs_of(build("llama", "Model"), inputs)["last_hidden_state"], atol=0.1
+    )
+    assert_same(outputs_of(tp.pack(model), inputs), dense)
+    model = build("gemma3", "Model", use_bidirectional_attention=True)
+    dense = outputs_of(model, inputs)
+    assert_same(outputs_of(tp.pack(model), inputs), dense)
 
 
 # What a packed model refuses

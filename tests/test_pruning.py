@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from families import CASES, FAMILIES, VOCAB, build, make_inputs, outputs_of
+from families import CASES, FAMILIES, TEXTS, VOCAB, build, make_inputs, outputs_of, padded_left
+from families import token_head as one_head
 from reference import DEPTH, Reference, Rule, bins, number, samples_of, share
 
 import hf_tokenprune as tp
 
-TEXT = [name for name, row in FAMILIES.items() if not row.images]
+TEXT = [name for name in TEXTS if "ForTokenClassification" in FAMILIES[name].heads]
 SUMMARY = {name: row.summary for name, row in FAMILIES.items()}
 LENGTHS = (17, 5, 24, 1)
 PATTERN = (1, 0, 1, 1, 0, 0, 1)
@@ -34,10 +35,6 @@ def sites_of(name, head, sites):
     return [layer for layer in sites if layer in model.token_pruner.possible_sites()]
 
 
-def one_head(name):
-    return "ForImageClassification" if FAMILIES[name].images else "ForTokenClassification"
-
-
 def attach(model, sites, selector="half", **arguments):
     return tp.attach(model, {layer: SELECTORS[selector][0]() for layer in sites}, **arguments)
 
@@ -46,7 +43,7 @@ def reference_for(name, head, sites, selector="half", protected_ids=()):
     model = build(name, head)
     model.config._attn_implementation = "eager"
     rule = Rule(SELECTORS[selector][1], SUMMARY[name], protected_ids)
-    return Reference(model, dict.fromkeys(sites, rule))
+    return Reference(model, dict.fromkeys(sites, rule), causal=SUMMARY[name] < 0)
 
 
 def assert_same_samples(got, reference, inputs):
@@ -143,6 +140,14 @@ def test_what_stands_in_the_padding_is_never_read(name):
     assert sum(model.token_pruner.trace[0].entered) == sum(LENGTHS)
 
 
+@pytest.mark.parametrize(("name", "head"), [case for case in CASES if SUMMARY[case[0]] < 0])
+def test_causal_models_take_padding_on_either_side(name, head):
+    inputs, sites = make_inputs(name, head, LENGTHS), sites_of(name, head, (0, 2))
+    model = attach(build(name, head), sites)
+    right, left = outputs_of(model, inputs), outputs_of(model, padded_left(inputs))
+    assert all(torch.allclose(right[key], left[key], rtol=0, atol=1e-5) for key in right)
+
+
 # Who is never dropped
 
 
@@ -153,7 +158,7 @@ def test_summary_tokens_survive_and_no_sequence_ends_empty(name):
     sites = sites_of(name, head, SITES["every"])
     model = tp.attach(build(name, head), {layer: rank_bins(0, 0, 0) for layer in sites})
     pruned = run(model, inputs)
-    least = [min(length, max(SUMMARY[name], 1)) for length in (LENGTHS if not FAMILIES[name].images else (99,) * 4)]
+    least = [min(length, max(abs(SUMMARY[name]), 1)) for length in (LENGTHS if not FAMILIES[name].images else (99,) * 4)]
     assert sorted(model.token_pruner.trace[sites[-1]].survived) == sorted(least)
     reference = reference_for(name, head, sites)
     reference.sites = dict.fromkeys(sites, Rule(lambda *_: False, SUMMARY[name]))
@@ -170,7 +175,7 @@ def test_protected_ids_survive(name):
     assert_same_samples(pruned, reference_for(name, head, sites, "three", ids), inputs)
     real = inputs["attention_mask"].bool()
     protected = torch.isin(inputs["input_ids"], torch.tensor(ids)) & real
-    protected[:, 0] = True
+    protected |= real & (real.cumsum(1) == (real.sum(1, keepdim=True) if SUMMARY[name] < 0 else 1))
     droppable = real.sum(1) - protected.sum(1)
     expected = protected.sum(1) + droppable.clamp(max=3)
     assert sorted(model.token_pruner.trace[-1].survived) == sorted(expected.tolist())

@@ -71,7 +71,8 @@ class MaskedReference(Reference):
             for row in range(len(alive)):
                 best = max(alive[row].nonzero().flatten().tolist(), key=lambda i, row=row: margin[row, i])
                 alive[row] &= margin[row] > 0
-                alive[row, : self.summary] = True
+                alive[row, self.summary :] |= self.summary < 0
+                alive[row, : self.summary] |= self.summary > 0
                 if not self.summary:
                     alive[row, best] = True
         self.alive.append(alive)
@@ -128,7 +129,7 @@ def test_samplers_that_keep_everything_change_nothing(name, head):
 def test_only_summary_tokens_are_left_if_nothing_else_wins(name):
     model, inputs = skimming(name, one_head(name), offset=-1000.0), make_inputs(name, one_head(name), LENGTHS)
     assert_same_samples(run(model, inputs), reference_for(model, name, one_head(name)), inputs)
-    least = [min(length, max(SUMMARY[name], 1)) for length in (LENGTHS if not FAMILIES[name].images else (99,) * 4)]
+    least = [min(length, max(abs(SUMMARY[name]), 1)) for length in (LENGTHS if not FAMILIES[name].images else (99,) * 4)]
     assert [sorted(layer.entered) for layer in model.token_pruner.trace] == [sorted(least)] * DEPTH
 
 
@@ -139,7 +140,8 @@ def test_a_sample_does_not_depend_on_its_batch(name):
     together = run(model, inputs).logits
     for row in range(len(LENGTHS)):
         alone = run(model, {key: value[row : row + 1] for key, value in inputs.items()}).logits
-        mask = inputs["attention_mask"][row].bool() if "attention_mask" in inputs else slice(None)
+        per_token = head == "ForTokenClassification"
+        mask = inputs["attention_mask"][row].bool() if per_token else slice(None)
         torch.testing.assert_close(alone[0][mask], together[row][mask], rtol=0, atol=1e-5)
 
 

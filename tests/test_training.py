@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from families import build, make_inputs, outputs_of
+from families import FAMILIES, build, class_head, make_inputs, outputs_of
 from torch import nn
 from torch.nn import functional
 from training_helpers import Recorder, Rows, Texts, at_home, kept_bins, no_dropout, spent_share, stack, top, trainer_for
@@ -727,7 +727,8 @@ HEADS = {
     "choice": ("bert", "ForMultipleChoice", {}, lambda _: {"labels": CLASSES % 2}),
     "masked words": ("modernbert", "ForMaskedLM", {}, some_words),
     "tied masked words": ("bert", "ForMaskedLM", {}, some_words),
-    "images": ("vit", "ForImageClassification", {}, lambda _: {"labels": CLASSES}),
+    **{name: (name, class_head(name), {}, lambda _: {"labels": CLASSES}) for name in FAMILIES if name != "bert"},
+    "last tokens": ("qwen3", "ForTokenClassification", {}, some_labels),
 }
 
 

@@ -37,6 +37,7 @@ class Family:
         ffn: path from a layer to the module whose result is the FFN block's: as `cut`, `(units, residual)` or one tensor.
         norms: paths to the norms after the two blocks where they are neither in `cut` and `ffn` nor before the block.
         hidden: may single hidden units be cut out of this family?
+        uncut: why no weights at all can be; empty if they can. The paths above that only cutting needs are then of no use.
     """
 
     encoder: str
@@ -61,6 +62,7 @@ class Family:
     ffn: str = "output"
     norms: tuple[str, ...] = ()
     hidden: bool = True
+    uncut: str = ""
 
 
 VIT = {
@@ -90,6 +92,8 @@ ROTARY = {
     "ffn": "mlp",
     "norms": ("post_attention_layernorm", "post_mlp_layernorm"),
 }
+
+CAUSAL = {**ROTARY, "norms": (), "hidden": False, "pools_last": True, "pooled_heads": ("ForSequenceClassification",)}
 
 FAMILIES = {
     "bert": Family("BertModel"),
@@ -135,6 +139,13 @@ FAMILIES = {
     "jina_embeddings_v3": Family("JinaEmbeddingsV3Model", **{**ROTARY, "units_in": ("mlp.fc1",), "units_out": "mlp.fc2"}),
     # Its norms are no LayerNorms, which is what gates on hidden units know.
     "eurobert": Family("EuroBertModel", **{**ROTARY, "norms": (), "hidden": False}),
+    "llama": Family("LlamaModel", **CAUSAL),
+    "mistral": Family("MistralModel", **CAUSAL),
+    "qwen2": Family("Qwen2Model", **CAUSAL),
+    "qwen3": Family("Qwen3Model", **CAUSAL),
+    "gemma3_text": Family(
+        "Gemma3TextModel", **{**CAUSAL, "uncut": "both of its blocks end in a norm, which would undo a gate on what they make"}
+    ),
     "vit": Family("ViTModel", **VIT),
     "vit_msn": Family("ViTMSNModel", **VIT),
     "ijepa": Family("IJepaModel", **{**VIT, "summary_tokens": 0, "pooled_heads": ()}),
@@ -177,11 +188,17 @@ def find_encoder(model, check=True):
             return family, module
     raise UnsupportedModelError(
         f"{type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}) cannot be packed. Supported families: "
-        f"{', '.join(FAMILIES)}. A family is added by one row in hf_tokenprune/modeling/architectures.py."
+        f"{', '.join(FAMILIES)}. One is added by a row in FAMILIES of hf_tokenprune/modeling/architectures.py, which says where its "
+        "layers are, its attention and the module before which tokens may leave, and one in tests/families.py."
     )
 
 
 def _check(family, model, encoder):
+    if model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} generates text, token by token from a cache, which a packed model does not have. Packed can "
+            "be the base model, and heads that read a whole text at once, such as sequence classification."
+        )
     head_needs = [(name, allowed) for ending, name, allowed in family.head_needs if type(model).__name__.endswith(ending)]
     for name, allowed in (*family.needs, *head_needs):
         value = getattr(encoder.config, name, allowed[0])

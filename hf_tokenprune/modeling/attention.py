@@ -90,8 +90,8 @@ def evenly_received(seen, weight=None):
     """
     seen = seen.float()
     weight = seen.new_ones(seen.shape[0], seen.shape[2]) if weight is None else weight.float()
-    total = torch.matmul(seen, weight[..., None]).squeeze(-1)
-    return torch.matmul((weight / (total + (total == 0)))[:, None], seen).squeeze(1)
+    total = (seen * weight[:, None]).sum(2)
+    return (seen * (weight / (total + (total == 0)))[..., None]).sum(1)
 
 
 def packed_attention(

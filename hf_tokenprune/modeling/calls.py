@@ -220,8 +220,8 @@ class Forward:
         if (real.any(1) & ~real.view(-1)[flat]).any():
             raise UnsupportedInputError(
                 "attention_mask marks as padding what this model's head reads: the last token that is not the padding token "
-                f"(config.pad_token_id = {pad}) in input_ids, or the last position where there are no input_ids. Pad with that token, and "
-                "where you pass inputs_embeds pad on the left: tokenizer.padding_side = 'left'."
+                f"(config.pad_token_id = {pad}) in input_ids, or the last position where there are no input_ids. Pad with that "
+                "token, and where you pass inputs_embeds pad on the left: tokenizer.padding_side = 'left'."
             )
         return flat[real.any(1)]
 

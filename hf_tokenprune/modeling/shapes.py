@@ -93,9 +93,14 @@ def sizes_of(model):
     """`(hidden, heads, units)` of a model as it is: the hidden size, and heads and FFN units of each layer.
 
     Raises:
-        UnsupportedModelError: the layers are not built as their family's row says.
+        UnsupportedModelError: nothing can be cut out of the family, or the layers are not built as its row says.
     """
     family, encoder = find_encoder(model, check=False)
+    if family.uncut:
+        raise UnsupportedModelError(
+            f"No weights can be cut out of {type(model).__name__}: {family.uncut}. Tokens can be dropped: ToP(target_macs=0.5), for "
+            "instance."
+        )
     heads, units, hidden = [], [], None
     for layer in get_layers(family, encoder):
         try:
