@@ -40,6 +40,7 @@ class Budget:
         self.sites = sorted(map(int, pruner.sites if sites is None else sites))
         self.protected = pruner.family.summary_tokens
         self.pooled_head = pruner.pooled_head
+        self.all_ask = bool(pruner.family.probabilities)
 
     def share(self, kept, lengths, shapes=None):
         """The share of the dense model's MACs on the real tokens (full last layer) that is spent.
@@ -61,7 +62,8 @@ class Budget:
             entering, alive = alive, alive * kept.get(layer, 1.0)
             if self.pooled_head and layer == len(shapes) - 1:
                 tokens = self._tokens(entering, lengths)
-                spent = spent + (shape.before + shape.attention) * tokens + shape.after * lengths.samples
+                queries = self._pairs(entering, lengths) if self.all_ask else tokens
+                spent = spent + shape.before * tokens + shape.attention * queries + shape.after * lengths.samples
             else:
                 spent = spent + self._layer(shape, entering, alive, lengths)
         return spent / dense
@@ -77,10 +79,12 @@ class Budget:
         return (sum(s.before + s.after for s in self.shapes[:first]) + self.shapes[first].before) / whole
 
     def _layer(self, shape, entering, surviving, lengths):
-        pairs = self.protected**2 * lengths.samples + 2 * self.protected * entering * lengths.droppable
-        pairs = pairs + entering * entering * lengths.squares
         tokens = shape.before * self._tokens(entering, lengths) + shape.after * self._tokens(surviving, lengths)
-        return tokens + shape.attention * pairs
+        return tokens + shape.attention * self._pairs(entering, lengths)
+
+    def _pairs(self, alive, lengths):
+        pairs = self.protected**2 * lengths.samples + 2 * self.protected * alive * lengths.droppable
+        return pairs + alive * alive * lengths.squares
 
     def _tokens(self, alive, lengths):
         return self.protected * lengths.samples + alive * lengths.droppable

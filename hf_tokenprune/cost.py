@@ -2,7 +2,8 @@
 
 Counted, per layer: every `nn.Linear` (inputs x outputs, per token that runs through it), attention
 (`2 * width` per query-key pair of the same sequence, `width` = heads x head size; a sliding window saves nothing), and what a
-selector spends itself. Not counted: embeddings, norms, activations, softmax, biases and the head. FLOPs are twice the MACs.
+selector spends itself. Not counted: embeddings, norms, activations, softmax, biases and the head, nor what MPNet and DeBERTa spend
+on relative positions and on padding to the longest text that is left in their attention. FLOPs are twice the MACs.
 
     >>> from transformers import BertConfig, BertModel
     >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -53,10 +54,11 @@ def layer_shapes(model: nn.Module) -> list[LayerShape]:
         UnsupportedModelError: the model is of no supported family, or its attention has no projection of the queries.
     """
     family, encoder = find_encoder(model)
-    boundary = family.attention if family.cut_residual else family.cut
+    boundary = family.attention if family.cut_residual and not family.cut_after else family.cut
     shapes = []
     for layer in get_layers(family, encoder):
-        total, inside = _linear_macs(layer), _linear_macs(layer.get_submodule(boundary))
+        beside = [part for path, part in layer.named_modules() if path in family.positional]
+        total, inside = (_linear_macs(part, beside) for part in (layer, layer.get_submodule(boundary)))
         before, after = (inside, total - inside) if family.cut_residual else (total - inside, inside)
         shapes.append(LayerShape(before, after, 2 * _attention_width(layer.get_submodule(family.attention))))
     return shapes
@@ -247,8 +249,8 @@ def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
 
 
-def _linear_macs(module: nn.Module) -> int:
-    return sum(linear.in_features * linear.out_features for _, linear in _linears(module))
+def _linear_macs(module: nn.Module, beside: Sequence[nn.Module] = ()) -> int:
+    return sum(part.in_features * part.out_features for _, part in _linears(module) if not any(part is b for b in beside))
 
 
 def _attention_width(attention: nn.Module) -> int:

@@ -25,7 +25,8 @@ def dense_copy(model):
     dense_class = type(model)._dense_class if pruned else type(model)
     shapes = shape_map(model)
     with restored(config, shapes):
-        twin = dense_class._from_config(config, attn_implementation="sdpa", dtype=model.dtype)
+        attention = "sdpa" if dense_class._supports_sdpa else "eager"
+        twin = dense_class._from_config(config, attn_implementation=attention, dtype=model.dtype)
     if shapes is not None:
         replay(twin, shapes)
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("token_pruner.")})

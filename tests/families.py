@@ -98,6 +98,17 @@ def _gemma3():
     return _causal(hf.Gemma3TextConfig, sliding_window=8, layer_types=kinds, query_pre_attn_scalar=8)
 
 
+def _deberta():
+    config = {
+        **TEXT,
+        "max_position_embeddings": 80,
+        "max_relative_positions": 80,
+        "relative_attention": True,
+        "position_buckets": 6,
+    }
+    return hf.DebertaV2Config(**config, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", type_vocab_size=0)
+
+
 FAMILIES = {
     row.name: row
     for row in (
@@ -113,6 +124,9 @@ FAMILIES = {
         Row("ernie", "Ernie", hf.ErnieConfig(**TEXT)),
         Row("esm", "Esm", _esm(), PLAIN_HEADS),
         Row("distilbert", "DistilBert", _distilbert()),
+        Row("albert", "Albert", hf.AlbertConfig(**TEXT, embedding_size=16, classifier_dropout_prob=0.1), weights=False),
+        Row("mpnet", "MPNet", hf.MPNetConfig(**{**TEXT, "pad_token_id": 1}), weights=False),
+        Row("deberta-v2", "DebertaV2", _deberta(), weights=False),
         Row("modernbert", "ModernBert", _modernbert()),
         Row("nomic_bert", "NomicBert", hf.NomicBertConfig(**TEXT), PLAIN_HEADS),
         Row("gte", "Gte", hf.GteConfig(**TEXT), PLAIN_HEADS),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 DEPTH = 4  # layers of every model in families.py
+OWN_ATTENTION = dict.fromkeys(("mpnet", "deberta-v2"), {"output_attentions": True})  # which alone show their probabilities so
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,26 @@ class Reference:
 
     def __init__(self, model, sites, causal=False):
         self.model, self.sites, self.causal, self.alive = model, sites, causal, []
-        self.layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == DEPTH)
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        self.layers = next((m for m in lists if len(m) == DEPTH), lists[-1])  # ALBERT calls the same one over and over
 
     def __call__(self, inputs):
         """The model's output for sequences of one length, given without padding."""
         self.ids = inputs.get("input_ids")
         self.alive = []
         self.model.config.use_cache = False  # causal models fill one otherwise, and count it as an output
+        self.number = 0
         with torch.no_grad(), self._hooked():
-            return self.model(**inputs)
+            output = self.model(**inputs, **OWN_ATTENTION.get(self.model.config.model_type, {}))
+        return type(output)(**{key: value for key, value in output.items() if key != "attentions"})
 
     @contextmanager
     def _hooked(self):
         handles = []
-        for number, layer in enumerate(self.layers):
+        for layer in self.layers:
             handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
             handles += [module.register_forward_hook(self._look) for module in layer.modules() if module is not layer]
-            handles.append(layer.register_forward_hook(self._after(number), prepend=True))
+            handles.append(layer.register_forward_hook(self._after, prepend=True))
         try:
             yield
         finally:
@@ -88,8 +92,10 @@ class Reference:
         mask = torch.zeros(rows, 1, length, length, dtype=self.entered.dtype)
         mask = mask.masked_fill(~self.alive[-1][:, None, None, :], lowest)
         given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        mask = mask if given is None else torch.minimum(mask, given)
+        boolean = self.model.config.model_type == "deberta-v2"
+        mask = mask if given is None or boolean else torch.minimum(mask, given)
         self.seen = mask == 0
+        mask = self.seen.expand(-1, -1, length, -1) if boolean else mask
         if len(args) > 1:
             return (args[0], mask, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
@@ -99,16 +105,16 @@ class Reference:
         if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], torch.Tensor) and output[1].ndim == 4:
             self.attention = output[1]
 
-    def _after(self, number):
-        def hook(_, __, output):
-            alive = self.alive[-1].clone()
-            if number in self.sites:
-                for row in range(len(alive)):
-                    alive[row] = self._survivors(self.sites[number], row, alive[row])
-            self.alive.append(alive)
-            return torch.where(alive[..., None], output, self.entered)
-
-        return hook
+    def _after(self, _, __, output):
+        alive = self.alive[-1].clone()
+        if self.number in self.sites:
+            for row in range(len(alive)):
+                alive[row] = self._survivors(self.sites[self.number], row, alive[row])
+        self.number += 1
+        self.alive.append(alive)
+        states = output[0] if isinstance(output, tuple) else output
+        states = torch.where(alive[..., None], states, self.entered)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def _survivors(self, rule, row, alive):
         living = alive.nonzero().flatten().tolist()

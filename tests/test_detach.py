@@ -145,9 +145,9 @@ def with_attention(model, attention):
 
 UNSUPPORTED = {
     "T5": lambda: hf.T5EncoderModel(hf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
-    "ALBERT": lambda: hf.AlbertModel(hf.AlbertConfig(**SMALL, embedding_size=16, intermediate_size=48)),
-    "MPNet": lambda: hf.MPNetModel(hf.MPNetConfig(**SMALL, intermediate_size=48)),
-    "DeBERTa": lambda: hf.DebertaV2Model(hf.DebertaV2Config(**SMALL, intermediate_size=48)),
+    "DeBERTa of the first version": lambda: hf.DebertaModel(hf.DebertaConfig(**SMALL, intermediate_size=48)),
+    "convolving DeBERTa": lambda: build("deberta-v2", "Model", conv_kernel_size=3),
+    "MobileBERT": lambda: hf.MobileBertModel(hf.MobileBertConfig(**SMALL, intermediate_size=48, embedding_size=32)),
     "Llama that generates": lambda: hf.LlamaForCausalLM(FAMILIES["llama"].config),
     "Gemma 3 that generates": lambda: hf.Gemma3ForCausalLM(FAMILIES["gemma3"].config),
     "CLIP": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2,

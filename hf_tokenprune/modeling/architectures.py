@@ -2,9 +2,10 @@
 
 To add a family, add one row to `FAMILIES` and one to the table of tests (`tests/families.py`). It qualifies if its layers
 are called one after the other as `layer(hidden_states, attention_mask, ...)`, and its attention goes through transformers'
-attention interface.
+attention interface, or hands its probabilities to a module on the way (`probabilities`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import UnsupportedModelError
@@ -18,12 +19,16 @@ class Family:
 
     Args:
         encoder: class name of the base model.
-        layers: path from the base model to its list of layers.
+        layers: path from the base model to its list of layers, or a function that lists them in the order in which they are called.
         attention: path from a layer to the module that calls the attention function.
         cut: path from a layer to the module before which tokens leave the layer. It either takes `(context, residual)` and
             everything after it runs on the survivors (`cut_residual`), or is the FFN, called on one tensor whose result is
             added to a residual: then only the FFN runs on the survivors, and the others leave at the end of the layer.
         cut_residual: which of the two `cut` is.
+        cut_after: tokens leave after `cut` instead, whose result is all that the rest of the layer reads.
+        probabilities: path from a layer to the dropout that is called on the attention's probabilities, where the attention does
+            not go through the attention interface. It then runs on padded sequences, see `padded.py`.
+        positional: paths from a layer to Linears that read relative positions rather than tokens.
         summary_tokens: so many leading tokens are there to be read by heads (CLS, ...), so they are never dropped.
         pools_last: causal models: heads and users read the last token of each sequence rather than leading ones.
         pooled_heads: endings of class names of heads that read nothing but the first token, or the last.
@@ -41,10 +46,13 @@ class Family:
     """
 
     encoder: str
-    layers: str = "encoder.layer"
+    layers: str | Callable = "encoder.layer"
     attention: str = "attention.self"
     cut: str = "attention.output"
     cut_residual: bool = True
+    cut_after: bool = False
+    probabilities: str = ""
+    positional: tuple[str, ...] = ()
     summary_tokens: int = 1
     pools_last: bool = False
     pooled_heads: tuple[str, ...] = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
@@ -63,6 +71,12 @@ class Family:
     norms: tuple[str, ...] = ()
     hidden: bool = True
     uncut: str = ""
+
+
+def albert_layers(encoder):
+    """ALBERT has few layers and calls them over and over: which one when."""
+    groups, count = encoder.encoder.albert_layer_groups, encoder.config.num_hidden_layers
+    return [layer for i in range(count) for layer in groups[int(i / (count / len(groups)))].albert_layers]
 
 
 VIT = {
@@ -107,6 +121,31 @@ FAMILIES = {
     "electra": Family("ElectraModel", head_needs=(("ForMultipleChoice", "summary_type", ("first",)),)),
     "ernie": Family("ErnieModel"),
     "esm": Family("EsmModel"),
+    "albert": Family(
+        "AlbertModel",
+        layers=albert_layers,
+        attention="attention",
+        cut="attention",
+        cut_after=True,
+        uncut="its layers share one set of weights",
+    ),
+    "mpnet": Family(
+        "MPNetModel",
+        attention="attention.attn",
+        probabilities="attention.attn.dropout",
+        own_mask=True,
+        cut="attention",
+        cut_after=True,
+        uncut="its attention insists on the number of heads it was made with",
+    ),
+    "deberta-v2": Family(
+        "DebertaV2Model",
+        probabilities="attention.self.dropout",
+        positional=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+        own_mask=True,
+        needs=(("conv_kernel_size", (0,)),),
+        uncut="its attention insists on the number of heads it was made with",
+    ),
     "distilbert": Family(
         "DistilBertModel",
         layers="transformer.layer",
@@ -227,5 +266,5 @@ def reads_only_pooled(family, model, encoder):
 
 
 def get_layers(family, encoder):
-    """The encoder's list of layers."""
-    return encoder.get_submodule(family.layers)
+    """The encoder's list of layers, in the order in which they are called."""
+    return family.layers(encoder) if callable(family.layers) else encoder.get_submodule(family.layers)

@@ -156,7 +156,8 @@ class LayerCall:
 
     def trace(self):
         entered = self.batch.lengths
-        asking = entered if self.pooled is None or self.watched else [min(n, 1) for n in entered]
+        all_ask = self.pooled is None or self.watched or self.pruner.family.probabilities
+        asking = entered if all_ask else [min(n, 1) for n in entered]
         return LayerTrace(self.arrived, entered, asking, self.survivors.lengths)
 
 

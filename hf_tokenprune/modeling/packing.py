@@ -33,6 +33,7 @@ class PackedBatch:
         dense: the packed batch is the padded batch, reshaped (no padding, nothing dropped).
         weights: `(T,)` or None. Soft gates of a training step: how much each token still counts as a key.
         masked: weights may be 0: such tokens are as good as gone, but wait here for a gradient.
+        between: relative positions of these tokens, as `padded.py` has made them.
     """
 
     batch_size: int
@@ -43,6 +44,7 @@ class PackedBatch:
     dense: bool = False
     weights: torch.Tensor | None = field(default=None, repr=False)
     masked: bool = False
+    between: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_mask(cls, mask, *, batch_size, seq_len, device):

@@ -15,6 +15,7 @@ from .attention import ATTENTION, register_attention
 from .calls import Forward, LayerCall, active
 from .errors import ConfigError, UnsupportedInputError
 from .packing import PackedBatch
+from .padded import after_attention, before_attention, on_probabilities
 from .selection import SELECTORS
 from .shapes import has_attention, shape_map, sizes_of
 
@@ -151,11 +152,19 @@ class TokenPruner(nn.Module):
             for number, site in enumerate(map(self.site, range(len(layers))))
         ]
         for layer in dict.fromkeys(layers):  # a shared one is there many times
+            if self.family.probabilities:
+                attention = layer.get_submodule(self.family.attention)
+                keep(attention.register_forward_pre_hook(before_attention, with_kwargs=True))
+                keep(attention.register_forward_hook(after_attention, with_kwargs=True))
+                keep(layer.get_submodule(self.family.probabilities).register_forward_pre_hook(on_probabilities))
             keep(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
             # Before any hook of transformers that records hidden states, so that these are of the tokens that stay.
             keep(layer.register_forward_hook(self._after_layer, prepend=True))
             if any(here for here, other in zip(chooses, layers, strict=True) if other is layer):
                 cut = layer.get_submodule(self.family.cut)
+                if self.family.cut_after:
+                    keep(cut.register_forward_hook(self._leave))
+                    continue
                 keep(cut.register_forward_pre_hook(self._before_cut))
                 if not self.family.cut_residual:
                     keep(cut.register_forward_hook(self._after_cut))
@@ -169,6 +178,8 @@ class TokenPruner(nn.Module):
         encoder.config._attn_implementation_internal = self.dense_attention
 
     def _use_packed_attention(self, encoder):
+        if self.family.probabilities:
+            return
         register_attention()
         encoder.config._attn_implementation_internal = ATTENTION
 
@@ -276,6 +287,9 @@ class TokenPruner(nn.Module):
     def _before_cut(self, module, args):
         call = active.call
         return None if call.rows is None else tuple(call.stay(tensor) for tensor in args)
+
+    def _leave(self, module, args, output):
+        return (active.call.stay(output[0]), *output[1:])
 
     def _after_cut(self, module, args, output):
         call = active.call
