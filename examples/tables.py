@@ -1,4 +1,4 @@
-"""Fill the tables of README.md from the measured numbers in results/*.json: `python examples/tables.py`."""
+"""Fill the tables of README.md from the measured numbers in results/*.json and the table of tests: `python examples/tables.py`."""
 
 import json
 import re
@@ -64,6 +64,31 @@ def cutting(report):
     return markdown(rows)
 
 
+HEADS = {  # columns of README's table, by the endings of class names
+    "base": ("Model", "VisionModel"),
+    "sequence": ("ForSequenceClassification",),
+    "tokens": ("ForTokenClassification",),
+    "question": ("ForQuestionAnswering",),
+    "masked LM": ("ForMaskedLM",),
+    "choice": ("ForMultipleChoice",),
+    "next sentence": ("ForNextSentencePrediction",),
+    "image": ("ForImageClassification", "ForImageClassificationWithTeacher"),
+}
+
+
+def families():
+    """Families and heads that the tests hold every promise to."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from families import FAMILIES
+
+    rows = [["family", *HEADS, "weights that can be cut"]]
+    for row in FAMILIES.values():
+        cut = "all" if row.hidden else "all but hidden units"
+        marks = ["✓" if set(row.heads) & set(endings) else "" for endings in HEADS.values()]
+        rows.append([f"{row.stem} (`{row.config.model_type}`)", *marks, cut if row.weights else "none"])
+    return markdown(rows)
+
+
 def benchmark():
     """The overview of `examples/benchmark`."""
     sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
@@ -82,6 +107,7 @@ TABLES = {
     "speed": lambda: speed(read("speed")),
     "cutting": lambda: cutting(read("speed-cut")),
     "benchmark": benchmark,
+    "families": families,
 }
 
 

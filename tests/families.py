@@ -51,7 +51,6 @@ class Row:
         summary: so many leading tokens are never dropped; below 0, so many last ones.
         hidden: may hidden units be cut out of it?
         weights: may anything?
-        title: its name in README.md.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Row:
     summary: int = 1
     hidden: bool = True
     weights: bool = True
-    title: str = ""
 
 
 def _siglip():
@@ -86,6 +84,11 @@ def _modernbert():
 def _esm():
     config = {**TEXT, "pad_token_id": 1, "mask_token_id": 2, "position_embedding_type": "rotary", "token_dropout": True}
     return hf.EsmConfig(**config)
+
+
+def _eurobert():
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 3}
+    return hf.EuroBertConfig(**TEXT, num_key_value_heads=2, classifier_pooling="bos", **tokens)
 
 
 def _causal(config, **more):
@@ -136,7 +139,7 @@ FAMILIES = {
         Row(
             "eurobert",
             "EuroBert",
-            hf.EuroBertConfig(**TEXT, num_key_value_heads=2, classifier_pooling="bos"),
+            _eurobert(),
             PLAIN_HEADS,
             hidden=False,
         ),

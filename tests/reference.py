@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 DEPTH = 4  # layers of every model in families.py
-OWN_ATTENTION = dict.fromkeys(("mpnet", "deberta-v2"), {"output_attentions": True})  # which alone show their probabilities so
+SHOWS = {"output_attentions": True}
+OWN_ATTENTION = {"mpnet": SHOWS, "deberta-v2": SHOWS}  # these show their probabilities to nobody who does not ask
 
 
 @dataclass(frozen=True)

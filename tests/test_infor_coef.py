@@ -311,6 +311,9 @@ FAMILY_RUNS = {
     "images": ("vit", IMAGES, classes, patient),
     "siglip": ("siglip", IMAGES, classes, lambda: patient(static_macs=0.6, target_macs=0.4)),
     "siglip, tokens": ("siglip", IMAGES, classes, tokens),
+    "albert, tokens": ("albert", HEAD, classes, tokens),
+    "deberta-v2, tokens": ("deberta-v2", HEAD, classes, tokens),
+    "qwen3, tokens": ("qwen3", HEAD, classes, tokens),
     "masked words": ("bert", "ForMaskedLM", some_words, patient),
 }
 

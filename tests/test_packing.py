@@ -333,6 +333,24 @@ def test_outputs_have_the_form_that_was_asked_for(name, head, way):
             assert_same_hidden_states([a], [b], inputs if per_token else {})
 
 
+@pytest.mark.parametrize(("groups", "inner"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+def test_albert_may_share_its_layers_in_any_way(groups, inner):
+    sizes = {"num_hidden_groups": groups, "inner_group_num": inner, "num_hidden_layers": 6}
+    model, inputs = build("albert", "ForTokenClassification", **sizes), make_inputs("albert", "")
+    with torch.no_grad():
+        dense = model(**inputs, output_hidden_states=True)
+        packed = tp.pack(model)(**inputs, output_hidden_states=True)
+    assert len(model.token_pruner.trace) == 6 * inner
+    assert_same_hidden_states(packed.hidden_states, dense.hidden_states, inputs)
+    assert_same_hidden_states([packed.logits], [dense.logits], inputs)
+    tp.attach(model, {layer: tp.TopK(0.7) for layer in (1, 4)})
+    outputs_of(model, inputs)
+    counts = [sum(layer.survived) for layer in model.token_pruner.trace]
+    assert [after < before for before, after in zip([sum((17, 5, 30, 17, 1)), *counts], counts, strict=False)] == [
+        layer in (1, 4) for layer in range(6 * inner)
+    ]
+
+
 # Causal models, whose heads read the last token
 
 

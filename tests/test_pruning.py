@@ -74,6 +74,22 @@ def test_pruned_equals_masked_for_every_head(name, head):
     assert_same_samples(pruned, reference_for(name, head, sites), inputs)
 
 
+KINDS_OF_DEBERTA = {
+    "v3": {"share_att_key": True, "pos_att_type": ["p2c", "c2p"]},
+    "content to position": {"pos_att_type": ["c2p"]},
+    "no buckets": {"position_buckets": -1},
+    "absolute": {"relative_attention": False, "pos_att_type": None, "position_biased_input": True},
+}
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize("kind", KINDS_OF_DEBERTA)
+def test_pruned_equals_masked_for_every_kind_of_deberta(kind, head):
+    inputs, overrides = make_inputs("deberta-v2", head, LENGTHS), KINDS_OF_DEBERTA[kind]
+    model, dense = (build("deberta-v2", head, **overrides) for _ in range(2))
+    assert_same_samples(run(attach(model, (0, 2)), inputs), Reference(dense, dict.fromkeys((0, 2), Rule(share(0.5)))), inputs)
+
+
 @pytest.mark.parametrize("sites", SITES)
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("name", FAMILIES)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from families import build, make_inputs, outputs_of
+from families import FAMILIES, build, make_inputs, outputs_of
 from test_training import assert_close_state, assert_same_state, logged, some_words, trained
 from torch.nn import functional
 from training_helpers import Recorder, Rows, Texts, at_home, collate, no_dropout, spent_share, stack, trainer_for
@@ -423,6 +423,9 @@ FAMILY_RUNS = {
     "modernbert": ("modernbert", HEAD, classes, weights),
     "esm": ("esm", HEAD, classes, weights),
     "images": ("vit", "ForImageClassification", classes, weights),
+    "nomic_bert": ("nomic_bert", HEAD, classes, weights),
+    "llama": ("llama", HEAD, classes, lambda: weights(parts=("heads", "units", "blocks"))),
+    "qwen3, both": ("qwen3", HEAD, classes, lambda: both(parts=("heads", "units", "blocks"))),
     "siglip": ("siglip", "ForImageClassification", classes, lambda: weights(parts=("heads", "units"), target_macs=0.5)),
     "tied masked words": ("bert", "ForMaskedLM", some_words, METHODS["narrow"]),
     "images, both": ("vit", "ForImageClassification", classes, both),
@@ -452,7 +455,7 @@ def test_every_family_trains_is_cut_and_opens_again(tmp_path, monkeypatch, what)
         assert torch.equal(opened[key], value), key
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "vit"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "vit"])
 def test_a_head_that_is_gated_off_has_no_say_in_the_ranking(name):
     head = "ForImageClassification" if name == "vit" else HEAD
     model = tp.TokenPruneCallback(both(parts=("heads",))).attach(build(name, head))
@@ -460,7 +463,7 @@ def test_a_head_that_is_gated_off_has_no_say_in_the_ranking(name):
     pruner.site(2).set_kept([1, 1, 0, 0, 0, 0, 0, 0])
     structure = pruner.structure
     structure.hard = torch.ones(structure.layout.size)
-    structure.hard[structure.layout.parts["heads", 2]] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    structure.hard[structure.layout.parts["heads", 2]] = (torch.arange(structure.layout.heads[2]) == 0).float()
     gated = said(model, inputs)
     hidden, heads, units = structure.layout.left(structure.hard)
     operate(model, hidden=hidden, heads=heads, units=units)
@@ -533,6 +536,11 @@ REFUSED = {
     "drops tokens": (weights, dropping, "drops tokens already.*Compose"),
     "drops tokens, both": (both, dropping, "drops tokens already"),
     "hidden units of siglip": (lambda: weights(parts=("hidden",)), lambda: build("siglip", IMAGE_HEAD), "Hidden units cannot be cut"),
+    **{
+        f"weights of {name}": (lambda: weights(), lambda name=name: build(name, HEAD), "No weights can be cut out of")
+        for name, row in FAMILIES.items() if not row.weights
+    },
+    "hidden units of llama": (lambda: weights(parts=("hidden",)), lambda: build("llama", HEAD), "Hidden units cannot be cut"),
     "hidden units of siglip, both": (
         lambda: both(parts=("hidden", "heads")), lambda: tp.pack(build("siglip", IMAGE_HEAD)), "Hidden units cannot be cut",
     ),
