@@ -385,9 +385,13 @@ def test_a_causal_head_that_would_read_padding_is_told_so():
     model, inputs = tp.pack(build("llama", "ForSequenceClassification")), make_inputs("llama", "")
     with pytest.raises(tp.errors.UnsupportedInputError, match="padding_side = 'left'"):
         model(**embedded(model, inputs))
-    inputs["input_ids"][1, 7] = 9
-    with pytest.raises(tp.errors.UnsupportedInputError, match="pad_token_id = 0"):
+    inputs["input_ids"][inputs["attention_mask"] == 0] = 9
+    with pytest.raises(tp.errors.UnsupportedInputError, match=r"pad_token_id = 0.*Set config.pad_token_id"):
         model(**inputs)
+    model.config.pad_token_id = 9
+    inputs["input_ids"][inputs["attention_mask"] == 1] = 7
+    packed = outputs_of(model, inputs)
+    assert_same(packed, outputs_of(tp.detach(model), inputs))
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -169,6 +169,7 @@ class Forward:
         pruner: the model's `TokenPruner`.
         input_ids: `(B, S)`, or None if the caller passed embeddings or pixels.
         mask: the `attention_mask` that the caller passed.
+        padding_id: id of the padding token, or None.
         head_reads: the model's own head is calling, and reads nothing but one pooled token of each sequence.
         return_tuple: the caller wants a tuple.
         keeps_states: hidden states were asked for, so that other tokens than the pooled one are read.
@@ -180,6 +181,7 @@ class Forward:
     pruner: Any
     input_ids: torch.Tensor | None
     mask: Any
+    padding_id: int | None
     head_reads: bool
     return_tuple: bool
     keeps_states: bool
@@ -211,7 +213,7 @@ class Forward:
     def _last_that_is_no_padding(self, batch):
         """Where in the flat padded batch the tokens stand that transformers' classification heads of causal models read: the last
         of each sequence whose id is not that of padding, or its very last position where there are no ids."""
-        device, pad = batch.index.device, self.pruner.padding_id
+        device, pad = batch.index.device, self.padding_id
         last = torch.full((batch.batch_size,), batch.seq_len - 1, device=device)
         if self.input_ids is not None and pad is not None:
             place = torch.arange(batch.seq_len, device=device)
@@ -221,8 +223,9 @@ class Forward:
         if (real.any(1) & ~real.view(-1)[flat]).any():
             raise UnsupportedInputError(
                 "attention_mask marks as padding what this model's head reads: the last token that is not the padding token "
-                f"(config.pad_token_id = {pad}) in input_ids, or the last position where there are no input_ids. Pad with that "
-                "token, and where you pass inputs_embeds pad on the left: tokenizer.padding_side = 'left'."
+                f"(config.pad_token_id = {pad}) in input_ids, or the last position where there is no padding token or no input_ids. Set "
+                "config.pad_token_id to the token you pad with, and where you pass inputs_embeds pad on the left: "
+                "tokenizer.padding_side = 'left'."
             )
         return flat[real.any(1)]
 

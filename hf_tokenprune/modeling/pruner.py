@@ -48,7 +48,6 @@ class TokenPruner(nn.Module):
         layers = get_layers(self.family, encoder)
         self._measure(encoder, layers)
         self.pooled_head = reads_only_pooled(self.family, model, encoder)
-        self.padding_id = getattr(encoder.config, "pad_token_id", None)
         self.protected_ids = settings["protected_token_ids"]
         self.sites = nn.ModuleDict()
         for site in settings["sites"]:
@@ -222,6 +221,7 @@ class TokenPruner(nn.Module):
             self,
             ids if is_ids else None,
             given.get("attention_mask"),
+            padding_id=getattr(encoder.config, "pad_token_id", None),
             head_reads=self.pooled_head and active.head is self,
             return_tuple=return_tuple,
             keeps_states=asked["output_hidden_states"],
