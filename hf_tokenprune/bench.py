@@ -279,7 +279,7 @@ def _contenders(model):
         dense = dense_class._from_config(config, attn_implementation="sdpa", dtype=model.dtype).to(model.device).eval()
     else:
         dense = detach(_copy(model, share_weights=True))
-    if dense.config._attn_implementation != "sdpa":
+    if dense.config._attn_implementation != "sdpa" and dense._supports_sdpa:  # MPNet and DeBERTa know one way only
         dense.set_attn_implementation("sdpa")
     models = {"hf_padded": dense, "hf_sorted": dense, "packed_dense": pack(_copy(dense, share_weights=True))}
     if was_cut or (is_token_pruned(model) and len(model.token_pruner.sites)):

@@ -170,6 +170,13 @@ def test_contenders_share_weights_and_give_the_outputs_they_should():
     assert not len(models["packed_dense"].token_pruner.sites)
 
 
+@pytest.mark.parametrize("name", ["mpnet", "deberta-v2"])
+def test_a_family_that_computes_its_attention_itself_is_measured(name):
+    model = tp.attach(build(name, "ForSequenceClassification"), {1: tp.TopK(keep=0.5)})
+    report = bench(model, SENTENCES, tokenizer=make_tokenizer(), batch_sizes=[2], repeats=1)
+    assert report["results"][0]["ms"]["pruned"] > 0
+
+
 def test_the_unmodified_contender_uses_sdpa():
     model = build("bert", "ForSequenceClassification")
     model.set_attn_implementation("eager")

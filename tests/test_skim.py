@@ -99,7 +99,8 @@ def reference_for(model, name, head):
 @pytest.mark.parametrize(("name", "head"), HEADS)
 def test_skimmed_equals_masked(name, head, sites):
     inputs = make_inputs(name, head, LENGTHS)
-    model = skimming(name, head, SITES[sites])
+    # Without boxes all of LayoutLM's tokens begin much alike, and its first sampler would keep them all.
+    model = skimming(name, head, SITES[sites], offset=-6.0 if (name, sites) == ("layoutlm", "the first") else 0.0)
     assert_same_samples(run(model, inputs), reference_for(model, name, head), inputs)
     trace, everything = model.token_pruner.trace, sum(model.token_pruner.trace[0].arrived)
     assert sum(trace[3].entered) < (0.8 if len(SITES[sites]) > 1 else 1) * everything

@@ -223,8 +223,8 @@ class Forward:
         if (real.any(1) & ~real.view(-1)[flat]).any():
             raise UnsupportedInputError(
                 "attention_mask marks as padding what this model's head reads: the last token that is not the padding token "
-                f"(config.pad_token_id = {pad}) in input_ids, or the last position where there is no padding token or no input_ids. Set "
-                "config.pad_token_id to the token you pad with, and where you pass inputs_embeds pad on the left: "
+                f"(config.pad_token_id = {pad}) in input_ids, or the last position where there is no padding token or no "
+                "input_ids. Set config.pad_token_id to the token you pad with, and where you pass inputs_embeds pad on the left: "
                 "tokenizer.padding_side = 'left'."
             )
         return flat[real.any(1)]
