@@ -5,12 +5,17 @@ there (see `modeling_token_pruned.LayerCall`): no state has to be found anywhere
 checkpointing as little as in another thread.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .varlen import takes_varlen, varlen
+
 ATTENTION = "token_pruning"
+WASTE = 0.2  # on CUDA one call with a little padding is faster than many; on a CPU it is not
 
 
 def register_attention():
@@ -116,18 +121,22 @@ def packed_attention(
     Returns:
         `(context, importance)`: `(1, T, heads, head_dim)` and `(T,)` or None.
     """
-    total, heads, width = query.shape[2], query.shape[1], value.shape[3]
-    key, value = for_every_head(key, query), for_every_head(value, query)
+    total = query.shape[2]
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     window = None if window is None or window >= batch.seq_len else window
     explicit = importance or batch.weights is not None or (dropout > 0 and query.device.type == "cpu")
+    if not explicit and takes_varlen(query, batch, dropout=dropout, window=window, causal=causal, asking=asking):
+        context = varlen(query, key, value, batch, scaling=scaling, window=window, causal=causal, asking=asking)
+        return _everyone(context, asking, total)[None], None
+    key, value = for_every_head(key, query), for_every_head(value, query)
     if explicit:
         query = query * scaling
     if len(batch.runs) == 1 and batch.runs[0][1] == 1 and not (explicit or window or asking is not None):
         return sdpa(query, key, value, dropout_p=dropout, scale=scaling, is_causal=causal).transpose(1, 2), None
+    bundles = batch.bundles(WASTE if query.device.type == "cuda" else 0)
     # `split`, not slices: its gradient is one concatenation, where each slice's would be a tensor of the whole batch.
-    sizes = [count * length for _, count, length in batch.runs]
-    ask = sizes if asking is None else [count for _, count, _ in batch.runs]
+    sizes = [sum(lengths) for _, lengths in bundles]
+    ask = sizes if asking is None else [len(lengths) for _, lengths in bundles]
     queries, places, positions = query[0].transpose(0, 1), batch.places, batch.positions
     if asking is not None:
         queries, places, positions = queries[asking], places[asking], positions[asking]
@@ -135,40 +144,106 @@ def packed_attention(
     weights = [None] * len(sizes) if batch.weights is None else batch.weights.split(sizes)
     where = zip(places.split(ask), positions.split(ask), batch.positions.split(sizes), strict=True)
     contexts, received = [], []
-    for (_, count, length), piece, weight, (place, here, there) in zip(batch.runs, pieces, weights, where, strict=True):
-        q, k, v = (x.view(count, -1, *x.shape[1:]).transpose(1, 2) for x in piece)
+    for (_, lengths), (q, k, v), weight, (place, here, there) in zip(bundles, pieces, weights, where, strict=True):
+        count, length = len(lengths), max(lengths)
+        cells = None if sum(lengths) == count * length else Cells.of(lengths, q.device)
+        asked = cells if asking is None else None
+        q, place, here = (_table(x, count, asked) for x in (q, place, here))
+        k, v, there, weight = (_table(x, count, cells) for x in (k, v, there, weight))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         seen = bias = None
-        if causal and (explicit or window is not None or asking is not None):
-            seen = place.view(count, -1, 1) >= torch.arange(length, device=place.device)
+        if causal and (explicit or window is not None or asking is not None or cells is not None):
+            seen = place[..., None] >= torch.arange(length, device=place.device)
         if window is not None:
-            near = (here.view(count, -1, 1) - there.view(count, 1, -1)).abs() < window
+            near = (here[..., None] - there[:, None]).abs() < window
             seen = near if seen is None else seen & near
+        if cells is not None:
+            there = cells.there[:, None].expand(count, q.shape[2], length)
+            seen = there if seen is None else seen & there
         if seen is not None:
             bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))[:, None]
         if weight is not None and not batch.masked:
-            logs = weight.log().view(count, 1, 1, length)
+            logs = weight.log()[:, None, None]
             bias = logs if bias is None else bias + logs
         if explicit:  # also where sdpa would take its slow path: the fast one on CPU knows no dropout
             scores = torch.matmul(q, k.transpose(-1, -2))
             scores = scores if bias is None else scores + bias
             if batch.masked:
-                shares = weighted_softmax(scores, weight.view(count, 1, 1, length))
+                shares = weighted_softmax(scores, weight[:, None, None])
             else:
                 shares = scores.softmax(-1, dtype=torch.float32)
             if importance:
-                mean = received_by(shares, None if weight is None else weight.view(count, length), say)
+                count_as = weight if cells is None else cells.queries(weight)
+                mean = received_by(shares, count_as, say)
                 if causal:
-                    even = evenly_received(seen, None if weight is None else weight.detach().view(count, length))
+                    even = evenly_received(seen, None if count_as is None else count_as.detach())
                     mean = mean / (even + (even == 0))
-                received.append(mean.flatten())
+                received.append(_row(mean, cells))
             out = torch.matmul(drop(shares, dropout).to(v.dtype), v)
         else:
             out = sdpa(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scaling, is_causal=causal and bias is None)
-        contexts.append(out.transpose(1, 2).reshape(-1, heads, width))
+        contexts.append(_row(out.transpose(1, 2), asked))
     context = torch.cat(contexts) if len(contexts) > 1 else contexts[0]
-    if asking is not None:
-        context = value.new_zeros(total, heads, width).index_copy(0, asking, context)
-    return context[None], torch.cat(received) if importance else None
+    return _everyone(context, asking, total)[None], torch.cat(received) if importance else None
+
+
+def _table(rows, count, cells):
+    """`(count * length, *rest)` -> `(count, length, *rest)`, padded if there are `cells`; None stays None."""
+    if rows is None:
+        return None
+    return rows.view(count, -1, *rows.shape[1:]) if cells is None else rows[cells.rows]
+
+
+def _row(table, cells):
+    """What `_table` does, undone."""
+    flat = table.reshape(-1, *table.shape[2:])
+    return flat if cells is None else flat[cells.back]
+
+
+def _everyone(context, asking, total):
+    """`(T, heads, head_dim)`, zeros for those who did not ask."""
+    if asking is None:
+        return context
+    return context.new_zeros(total, *context.shape[1:]).index_copy(0, asking, context)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table of neighbouring sequences of unequal lengths, padded to the longest.
+
+    Attributes:
+        rows: `(count, length)` which row each cell holds; one of padding, the last of its sequence.
+        there: `(count, length)` bool: is it none of padding?
+        back: `(rows,)` the cell that holds each row.
+        lengths: `(count, 1)`.
+
+    Example:
+        >>> Cells.of([1, 3], "cpu").rows
+        tensor([[0, 0, 0],
+                [1, 2, 3]])
+    """
+
+    rows: torch.Tensor
+    there: torch.Tensor
+    back: torch.Tensor
+    lengths: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths, device):
+        """From a list of lengths."""
+        count, width, total = len(lengths), max(lengths), sum(lengths)
+        lengths = torch.tensor(lengths, device=device)
+        starts = lengths.cumsum(0) - lengths
+        place = torch.arange(width, device=device).expand(count, width)
+        number = torch.repeat_interleave(torch.arange(count, device=device), lengths, output_size=total)
+        back = torch.arange(total, device=device) - starts[number] + width * number
+        rows = starts[:, None] + torch.minimum(place, lengths[:, None] - 1)
+        return cls(rows, place < lengths[:, None], back, lengths[:, None])
+
+    def queries(self, weight):
+        """`(count, length)` how much each cell counts among all cells of its sequence; `weight` the same among the real ones."""
+        alike = self.there * (self.there.shape[1] / self.lengths)
+        return alike if weight is None else alike * weight
 
 
 def received_by(shares, weight=None, say=None):

@@ -19,6 +19,8 @@ import torch
 
 from .errors import UnsupportedInputError
 
+CELLS = 2**24
+
 
 @dataclass
 class PackedBatch:
@@ -34,6 +36,7 @@ class PackedBatch:
         weights: `(T,)` or None. Soft gates of a training step: how much each token still counts as a key.
         masked: weights may be 0: such tokens are as good as gone, but wait here for a gradient.
         between: relative positions of these tokens, as `padded.py` has made them.
+        thinned: tokens have been dropped from among these.
     """
 
     batch_size: int
@@ -45,6 +48,7 @@ class PackedBatch:
     weights: torch.Tensor | None = field(default=None, repr=False)
     masked: bool = False
     between: dict = field(default_factory=dict, repr=False)
+    thinned: bool = False
 
     @classmethod
     def from_mask(cls, mask, *, batch_size, seq_len, device):
@@ -97,6 +101,44 @@ class PackedBatch:
             else:
                 runs.append([start, 1, length])
         return [tuple(run) for run in runs]
+
+    def bundles(self, waste):
+        """Neighbouring sequences for one call of attention, each padded to the longest of its bundle.
+
+        Args:
+            waste: the share of a bundle's cells that may be padding. With 0 these are the `runs`. No bundle has more than
+                `CELLS` pairs of cells, but for one of a single sequence.
+
+        Returns:
+            `[(start, lengths)]`, `start` a packed position.
+        """
+        if waste == 0:
+            return [(start, [length] * count) for start, count, length in self.runs]
+        bundles = []
+        for start, length in zip(self.starts, self.lengths, strict=False):
+            if length == 0:
+                continue
+            with_it = [*bundles[-1][1], length] if bundles else []
+            cells = len(with_it) * max(with_it, default=0)
+            if with_it and sum(with_it) >= (1 - waste) * cells and cells * max(with_it) <= CELLS:
+                bundles[-1][1].append(length)
+            else:
+                bundles.append((start, [length]))
+        return bundles
+
+    @cached_property
+    def ends(self):
+        """`(number of non-empty sequences + 1,)` int32, where each sequence begins, and where the last ends."""
+        ends = [0, *(start + length for start, length in zip(self.starts, self.lengths, strict=False) if length)]
+        return torch.tensor(ends, dtype=torch.int32, device=self.index.device)
+
+    @cached_property
+    def gapless(self):
+        """Are neighbours in a packed sequence neighbours in the padded one, too? (False if that is not known for sure.)"""
+        if self.dense or self.thinned:
+            return self.dense
+        spans = self.positions[self.last_rows] - self.positions[self.first_rows] + 1
+        return spans.tolist() == [length for length in self.lengths if length]
 
     @cached_property
     def sequence_ids(self):
@@ -156,8 +198,9 @@ class PackedBatch:
         kept = self.sequence_ids[rows]
         lengths = torch.bincount(kept, minlength=len(self.lengths)).tolist()
         chosen = PackedBatch(
-            self.batch_size, self.seq_len, lengths, self.samples, self.index[rows], weights=weights, masked=self.masked
-        )
+            self.batch_size, self.seq_len, lengths, self.samples, self.index[rows],
+            weights=weights, masked=self.masked, thinned=True,
+        )  # fmt: skip
         chosen.__dict__["sequence_ids"] = kept
         return chosen
 
