@@ -13,6 +13,7 @@ import math
 import torch
 
 from .errors import ConfigError
+from .precision import at_least_float32
 
 TEMPERATURE = 2 / 3
 LOW, HIGH = -0.1, 1.1
@@ -33,7 +34,7 @@ def sample_hard_concrete(log_alpha, *, noise=None):
         >>> sample_hard_concrete(torch.tensor([-20.0, 0.0, 20.0]), noise=torch.full((3,), 0.5))
         tensor([0.0000, 0.5000, 1.0000])
     """
-    log_alpha = _at_least_float32(log_alpha)
+    log_alpha = at_least_float32(log_alpha)
     if noise is None:
         noise = torch.rand_like(log_alpha)
     concrete = torch.sigmoid((torch.logit(noise.to(log_alpha.dtype), eps=1e-6) + log_alpha) / TEMPERATURE)
@@ -53,7 +54,7 @@ def keep_probability(log_alpha):
         >>> keep_probability(torch.tensor([-20.0, 0.0, 20.0]))
         tensor([1.0195e-08, 8.3182e-01, 1.0000e+00])
     """
-    return torch.sigmoid(_at_least_float32(log_alpha) - _SHIFT)
+    return torch.sigmoid(at_least_float32(log_alpha) - _SHIFT)
 
 
 def log_alpha_for(probability):
@@ -100,7 +101,7 @@ def sample_straight_through(logits, *, temperature=1.0, noise=None):
         tensor([[-0.1050,  0.1050],
                 [-0.1050,  0.1050]])
     """
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     if noise is None:
         noise = torch.rand_like(logits)
     limits = torch.finfo(logits.dtype)
@@ -146,7 +147,3 @@ class _ScaleRate(torch.autograd.Function):
 
 def _stretch(concrete):
     return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
-
-
-def _at_least_float32(tensor):
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..precision import at_least_float32
+
 
 def information_norm(states, keep):
     """How much a layer is told about the tokens that enter it: the norm of what the keep probabilities let through.
@@ -27,8 +29,8 @@ def information_norm(states, keep):
         >>> information_norm(states, torch.tensor([1.0, 0.0]))
         tensor(1.7678)
     """
-    norms = torch.linalg.vector_norm(_at_least_float32(states), dim=-1).flatten()
-    return (_at_least_float32(keep) * norms).sum() / (max(len(norms), 1) * states.shape[-1] ** 0.5)
+    norms = torch.linalg.vector_norm(at_least_float32(states), dim=-1).flatten()
+    return (at_least_float32(keep) * norms).sum() / (max(len(norms), 1) * states.shape[-1] ** 0.5)
 
 
 def negative_entropy(keep):
@@ -49,9 +51,5 @@ def negative_entropy(keep):
         >>> negative_entropy(torch.tensor([0.9, 0.1]))
         tensor(-0.3251)
     """
-    keep = _at_least_float32(keep)
+    keep = at_least_float32(keep)
     return sum((p * p.clamp(min=torch.finfo(p.dtype).eps).log()).sum() for p in (keep, 1 - keep)) / max(keep.numel(), 1)
-
-
-def _at_least_float32(tensor):
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

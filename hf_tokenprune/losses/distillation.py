@@ -1,7 +1,8 @@
 """Distillation: pull the outputs of the pruned model towards those of the dense one."""
 
-import torch
 from torch.nn import functional
+
+from ..precision import at_least_float32
 
 
 def logit_distillation(student, teacher, *, temperature=2.0, mask=None):
@@ -20,6 +21,7 @@ def logit_distillation(student, teacher, *, temperature=2.0, mask=None):
         A scalar, at least float32; 0 if no row counts.
 
     Example:
+        >>> import torch
         >>> teacher = torch.tensor([[2.0, 0.0]])
         >>> logit_distillation(teacher, teacher).item()
         0.0
@@ -28,8 +30,8 @@ def logit_distillation(student, teacher, *, temperature=2.0, mask=None):
     """
     if mask is not None:
         student, teacher = student[mask.bool()], teacher[mask.bool()]
-    log_student = functional.log_softmax(_at_least_float32(student) / temperature, dim=-1)
-    log_teacher = functional.log_softmax(_at_least_float32(teacher.detach()) / temperature, dim=-1)
+    log_student = functional.log_softmax(at_least_float32(student) / temperature, dim=-1)
+    log_teacher = functional.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=-1)
     divergence = functional.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)
     return divergence.sum() / max(divergence.numel(), 1) * temperature**2
 
@@ -45,11 +47,8 @@ def regression_distillation(student, teacher):
         A scalar, at least float32.
 
     Example:
+        >>> import torch
         >>> regression_distillation(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]]))
         tensor(2.)
     """
-    return functional.mse_loss(_at_least_float32(student), _at_least_float32(teacher.detach()))
-
-
-def _at_least_float32(tensor):
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return functional.mse_loss(at_least_float32(student), at_least_float32(teacher.detach()))

@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional
 
+from ..precision import at_least_float32
+
 
 def layer_distances(student, teacher, there=None):
     """Mean squared difference of every student layer to every teacher layer.
@@ -22,7 +24,7 @@ def layer_distances(student, teacher, there=None):
         >>> layer_distances(student, teacher)
         tensor([[1., 0., 4.]])
     """
-    student = [_at_least_float32(states) for states in student]
+    student = [at_least_float32(states) for states in student]
     rows = _common(there, len(student), len(teacher))
     return torch.stack(
         [torch.stack([_distance(s, t, rows(j, i)) for j, s in enumerate(student)]) for i, t in enumerate(teacher)]
@@ -92,8 +94,4 @@ def _common(there, students, teachers):
 def _distance(student, teacher, rows):
     if rows is not None:
         student, teacher = student[rows], teacher[rows]
-    return functional.mse_loss(_at_least_float32(student), _at_least_float32(teacher.detach()))
-
-
-def _at_least_float32(tensor):
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return functional.mse_loss(at_least_float32(student), at_least_float32(teacher.detach()))
