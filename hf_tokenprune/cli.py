@@ -14,6 +14,7 @@ from .errors import ConfigError, TokenPruneError
 from .explain import explain
 from .reporting import report
 from .reporting.samples import read_samples
+from .run import METHODS, make_method, run_script, settings
 from .sample_text import TEXTS
 
 DESCRIPTION = "Encoders that read fewer tokens layer by layer."
@@ -37,6 +38,16 @@ REPORT = """\
 Write one HTML page about a model: every token of some texts in the colour of how deep it lived, tokens, MACs and milliseconds of
 each layer, which weights were cut, and how the gates moved in training, where the folder or its checkpoints hold a
 trainer_state.json. The page needs no network and no scripts."""
+RUN = """\
+Run a training script as it is, and prune the model that it trains: every transformers.Trainer that the script makes, of any
+subclass, gets the callback for a method. What follows SCRIPT is the script's own. Options left out are the method's defaults;
+help(hf_tokenprune.ToP), of StructuredPruning, InforCoef and Compose explains them."""
+RUN_EXAMPLES = """\
+examples:
+  hf-tokenprune run --method top --target-macs 0.4 -- run_glue.py --model_name_or_path bert-base-uncased --do_train ...
+  torchrun --nproc_per_node 2 -m hf_tokenprune run --target-macs 0.4 -- train.py
+  accelerate launch -m hf_tokenprune run --target-macs 0.4 --schedule dense=0,anneal=1,settle=1 -- train.py
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +88,7 @@ def _parser():
     command.set_defaults(run=_bench)
     _add_report(commands)
     _add_explain(commands)
+    _add_run(commands)
     return parser
 
 
@@ -155,6 +167,32 @@ def _explain(arguments, command):
     console = Console(highlight=False)
     ascii_only = not console.encoding.startswith("utf")
     console.print(explain(arguments.folder, text, max_length=arguments.max_length, ascii_only=ascii_only))
+
+
+def _add_run(commands):
+    command = commands.add_parser(
+        "run",
+        help="run a training script unchanged, and prune the model that it trains",
+        usage="hf-tokenprune run [--method METHOD] [OPTIONS] [--] SCRIPT [ARGUMENTS ...]",
+        description=RUN,
+        epilog=RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the script's options are not ours
+    )
+    add = command.add_argument
+    add("--method", default="top", help=f"{', '.join(METHODS)} (default: %(default)s)")
+    for name, text in settings().items():
+        add(f"--{name.replace('_', '-')}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+    add("script", metavar="SCRIPT", nargs=argparse.REMAINDER, help="a Python file, and its own arguments")
+    command.set_defaults(run=_run)
+
+
+def _run(arguments, command):
+    given = {name: getattr(arguments, name) for name in settings() if hasattr(arguments, name)}
+    script, *own = arguments.script[arguments.script[:1] == ["--"] :] or [None]
+    if script is None:
+        raise ConfigError("There is no script to run: hf-tokenprune run --target-macs 0.4 -- SCRIPT, for instance.")
+    run_script(script, own, make_method(arguments.method, given))
 
 
 def _bench(arguments, command):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+collect_ignore = ["scripts"]  # what users write, for test_run.py
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ LAYERS = (
     {"methods"},
     {"training"},
 )
-LEAVES = {"integrations", "model_card", "reporting", "explain", "bench", "cli", "sample_text"}
+LEAVES = {"integrations", "model_card", "reporting", "explain", "bench", "run", "cli", "__main__", "sample_text"}
 MAY_IMPORT_LEAVES = {"training", *LEAVES}
 SHIPPED_CODE_MAY_IMPORT = {"torch", "transformers", *sys.stdlib_module_names}
 DEPENDENCIES = {*SHIPPED_CODE_MAY_IMPORT, "accelerate", "datasets", "huggingface_hub", "rich", "safetensors", "tqdm"}
