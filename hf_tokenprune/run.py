@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import inspect
+import os
 import re
 import runpy
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -155,16 +157,17 @@ def run_script(script: str, arguments: Sequence[str], method: Any) -> None:
     if not Path(script).is_file():
         raise ConfigError(f"There is no script {script!r} to run.")
     Path(script).open("rb").close()  # an OSError says why it cannot be read
-    with _as_script(script, arguments), trainers_prune(method) as made:
+    path = os.path.abspath(script)
+    with _as_script(path, arguments), trainers_prune(method) as made:
         try:
-            runpy.run_path(script, run_name="__main__")
+            runpy.run_path(path, run_name="__main__")
         except TokenPruneError:
             raise
         except SystemExit as end:
             if end.code not in (None, 0) or {"-h", "--help"} & set(arguments):
                 raise
         except Exception as error:
-            error = error.with_traceback(_of_script(error.__traceback__, script))
+            error = error.with_traceback(_of_script(error.__traceback__, path))
             sys.excepthook(type(error), error, error.__traceback__)
             raise SystemExit(1) from None
     if not made:
@@ -175,7 +178,7 @@ def run_script(script: str, arguments: Sequence[str], method: Any) -> None:
 
 
 @contextlib.contextmanager
-def trainers_prune(method: Any) -> Iterator[list[TokenPruneCallback]]:
+def trainers_prune(method: Any) -> Iterator[list[weakref.ref[TokenPruneCallback]]]:
     """While this lasts, each `transformers.Trainer` that is made, of any subclass, gets a callback for a method.
 
     A model that several Trainers are made for, one after the other, is pruned once, by the first that trains it.
@@ -184,7 +187,7 @@ def trainers_prune(method: Any) -> Iterator[list[TokenPruneCallback]]:
         method: a method's config.
 
     Yields:
-        The callbacks given so far.
+        The callbacks given so far, of which those live whose models do.
 
     Raises:
         TrainingError: from the constructor of a Trainer that has a `TokenPruneCallback` already.
@@ -197,7 +200,8 @@ def trainers_prune(method: Any) -> Iterator[list[TokenPruneCallback]]:
         try:
             bound = signature.bind(self, *args, **kwargs)
         except TypeError:
-            return original(self, *args, **kwargs)  # says what is wrong
+            original(self, *args, **kwargs)  # says what is wrong
+            raise
         own = bound.arguments.get("callbacks") or []
         if any(isinstance(callback, TokenPruneCallback) or callback is TokenPruneCallback for callback in own):
             raise TrainingError(
@@ -210,9 +214,8 @@ def trainers_prune(method: Any) -> Iterator[list[TokenPruneCallback]]:
             if bound.arguments.get("model_init") is not None:
                 bound.arguments["model_init"] = _attaching(bound.arguments["model_init"], callback)
         original(*bound.args, **bound.kwargs)
-        if callback is not None and callback not in made:
-            made.append(callback)
-        return None
+        if callback is not None:
+            made.append(weakref.ref(callback))
 
     Trainer.__init__ = prepared
     try:
@@ -223,7 +226,8 @@ def trainers_prune(method: Any) -> Iterator[list[TokenPruneCallback]]:
 
 def _callback_for(model, method, made):
     """A callback for a model's next Trainer, or None if the model has been trained by one."""
-    known = next((callback for callback in made if callback.model is model), None)
+    alive = [callback for callback in (reference() for reference in made) if callback is not None]
+    known = next((callback for callback in alive if callback.model is model), None)
     if known is None:
         if made:
             logger.warning(
@@ -247,18 +251,18 @@ def _attaching(model_init, callback):
 
 
 @contextlib.contextmanager
-def _as_script(script, arguments):
-    argv, path = sys.argv, list(sys.path)
-    sys.argv = [script, *arguments]
-    sys.path[:1] = [str(Path(script).resolve().parent)]
+def _as_script(path, arguments):
+    before = sys.argv, list(sys.path)
+    sys.argv = [path, *arguments]
+    sys.path[:1] = [str(Path(path).resolve().parent)]
     try:
         yield
     finally:
-        sys.argv, sys.path[:] = argv, path
+        sys.argv, sys.path[:] = before
 
 
-def _of_script(traceback, script):
+def _of_script(traceback, path):
     """A traceback from the script's own frame on; None if none of its lines has run."""
-    while traceback is not None and traceback.tb_frame.f_code.co_filename != script:
+    while traceback is not None and traceback.tb_frame.f_code.co_filename != path:
         traceback = traceback.tb_next
     return traceback

@@ -253,10 +253,11 @@ print(json.dumps([sys.argv, sys.path[0], __name__, __file__, sys.modules["__main
 """
 
 
-def test_the_script_sees_what_python_would_show_it(write, capsys, tmp_path):
+def test_the_script_sees_what_python_would_show_it(write, capsys, tmp_path, monkeypatch):
     path = write(SEES)
     arguments = ["--its", "--own", "--", "--target-macs", "x", "-h"]
-    main(["run", "--target-macs", "0.4", "--", path, *arguments])
+    monkeypatch.chdir(tmp_path)
+    main(["run", "--target-macs", "0.4", "--", "script.py", *arguments])
     argv, folder, name, file, is_main = json.loads(capsys.readouterr().out)
     assert argv == [path, *arguments]
     assert (Path(folder), name, file, is_main) == (tmp_path.resolve(), "__main__", path, True)
@@ -338,7 +339,17 @@ def test_a_trainer_that_has_the_callback_already_is_refused(write, tmp_path, cap
 
 
 def test_each_model_of_several_trainers_is_pruned(write, tmp_path):
-    body = "for fold in range(2):\n    trainer = made()\n    trainer.train()\n    trainer.save_model(f'{sys.path[0]}/{fold}')"
+    body = """
+import gc, weakref
+for fold in range(2):
+    trainer = made()
+    trainer.train()
+    trainer.save_model(f"{sys.path[0]}/{fold}")
+    model = weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert model() is None
+"""
     assert run_python(write, tmp_path, body) == 0
     for fold in range(2):
         assert tp.from_pretrained(tmp_path / str(fold)).config.token_pruning["method"]["target_macs"] == 0.5
