@@ -165,11 +165,11 @@ def run_script(script: str, arguments: Sequence[str], method: Any) -> None:
             raise
         except SystemExit as end:
             if end.code not in (None, 0) or {"-h", "--help"} & set(arguments):
-                raise
+                raise  # else the script may have ended well without making a Trainer, which is told below
         except Exception as error:
             error = error.with_traceback(_of_script(error.__traceback__, path))
             sys.excepthook(type(error), error, error.__traceback__)
-            raise SystemExit(1) from None
+            raise SystemExit(1) from None  # Python's own status after a traceback
     if not made:
         raise TrainingError(
             f"{script} ended without making a transformers.Trainer, so nothing was pruned. A training loop of its own needs the "

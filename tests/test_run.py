@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,23 @@ def test_settings_come_as_a_method_takes_them():
     weights, tokens = tp.StructuredPruning(parts=("heads", "blocks")), tp.ToP(sites=(2, 3), rank_weight=0.5)
     assert made == tp.Compose(weights, tokens, target_macs=0.3, teacher=None, schedule=schedule)
     assert make_method("infor-coef", {}) == tp.InforCoef()
+
+
+def _as_text(value):
+    if isinstance(value, tp.Schedule):
+        return ",".join(f"{phase}={share}" for phase, share in asdict(value).items())
+    return "none" if value is None else str(value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_default_can_be_given_as_text(name):
+    made = make_method(name, {"target_macs": "0.3"})
+    inside = [made.weights, made.tokens] if name == "structured+top" else []
+    fields = {field: getattr(made, field) for field in made.__dataclass_fields__ if field not in ("weights", "tokens")}
+    for method in inside:
+        own = set(method.__dataclass_fields__) - set(fields) - {"target_params"}
+        fields.update({field: getattr(method, field) for field in own})
+    assert make_method(name, {field: _as_text(value) for field, value in fields.items()}) == made
 
 
 @pytest.mark.parametrize(
