@@ -74,7 +74,7 @@ def token_depths(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> TokenD
     flat = depths.view(-1)
     for call in calls:
         flat[call.survivors.index.cpu()] = call.layer + 1
-    return TokenDepths(depths, len(calls), calls[-1].first_only)
+    return TokenDepths(depths, len(calls), calls[-1].pooled is not None)
 
 
 @contextlib.contextmanager
@@ -176,6 +176,6 @@ def legend(layers: int, last_reads_pooled: bool) -> str:
     if last_reads_pooled:
         text += (
             f" The last layer, {layers - 1}, still reads the tokens that reach it ({layers - 1}), but computes only what the head "
-            "reads: the first token."
+            "reads: the first token, or the last of a causal model."
         )
     return text
