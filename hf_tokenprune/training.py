@@ -10,6 +10,7 @@ from transformers.utils import logging
 from .cost import CostMeter
 from .errors import TokenPruneError, TrainingError
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
+from .processes import total_of
 from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
 
 logger = logging.get_logger(__name__)
@@ -70,10 +71,6 @@ class TokenPruneCallback(TrainerCallback):
         for name in ("fsdp", "deepspeed"):
             if getattr(args, name, None):
                 raise TrainingError(f"TokenPruneCallback does not work with {name} yet. Use one process, or torchrun (DDP).")
-        if args.world_size > 1 and getattr(self.method, "single_process", False):
-            raise TrainingError(
-                f"{type(self.method).__name__} cannot be trained by several processes yet ({args.world_size} here). Use one."
-            )
         if model is not self.model:
             self.attach(model)
         _log_first(self)
@@ -119,14 +116,21 @@ class TokenPruneCallback(TrainerCallback):
                 optimizer.state.pop(parameter, None)
         if step == dense and self.method.teacher == "self":
             self.objective.teacher = dense_copy(model)
-            if state.is_world_process_zero:
+            if args.should_save:
                 self.objective.teacher_number = save_teacher(self.objective.teacher, args.output_dir)
         self.objective.moment = self.method.schedule.at(step, self.total)
         self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        if args.world_size > 1 and self.method.cuts_weights and self.objective.wrapper is None:
+            raise TrainingError(
+                f"{type(self.method).__name__} cuts weights in mid-run, and several processes can only go on after that inside of "
+                "torch's DistributedDataParallel, which does not wrap this model. Leave torch._dynamo's optimize_ddp as it is, or "
+                "use one process."
+            )
         now = self.objective.moment
         self.objective.close_gates()  # they hold the gradients' graph of the last forward
+        self.objective.end_step()
         if now.phase == "settle":
             return
         # What is evaluated and saved after this step is the model that the next step begins with.
@@ -171,7 +175,7 @@ class TokenPruneCallback(TrainerCallback):
 
     def _pop_shares(self, training):
         meter, self.meters[training] = self.meters[training], CostMeter(self.model)
-        return _shares(meter.cost) if meter.started else {}
+        return _shares(meter, self.model)
 
 
 @contextlib.contextmanager
@@ -191,11 +195,17 @@ def _as_it_was_if_refused(model):
         raise
 
 
-def _shares(cost):
-    """What a `Cost` says for the log: `macs_realised`, the share of the dense model's MACs that was spent, and
-    `tokens_after_<layer>`, the share of the tokens that left each layer."""
-    tokens = {f"tokens_after_{layer}": tokens / cost.tokens for layer, tokens in enumerate(cost.tokens_per_layer)}
-    return {"macs_realised": cost.spent / cost.dense, **tokens}
+def _shares(meter, model):
+    """What a `CostMeter` and those of all other processes say for the log: `macs_realised`, the share of the dense model's MACs that
+    was spent, and `tokens_after_<layer>`, the share of the tokens that left each layer. Nothing if nobody has counted."""
+    sums = [0.0] * (3 + model.token_pruner.layer_count)
+    if meter.started:
+        cost = meter.cost
+        sums = [cost.spent, cost.dense, *(cost.sequences * n for n in (cost.tokens, *cost.tokens_per_layer))]
+    spent, dense, entered, *left = total_of(sums, model.device)
+    if not dense:
+        return {}
+    return {"macs_realised": spent / dense, **{f"tokens_after_{layer}": n / entered for layer, n in enumerate(left)}}
 
 
 def _check_checkpointing(model):

@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"modeling"},
     {"errors", "precision"},
-    {"cost", "depth", "gates", "losses", "schedule", "loading"},
+    {"cost", "depth", "gates", "losses", "schedule", "loading", "processes"},
     {"budget", "structure", "surgery", "teacher"},
     {"methods"},
     {"training"},

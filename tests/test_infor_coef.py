@@ -25,7 +25,6 @@ from test_weights_training import (
     weights,
 )
 from training_helpers import Recorder, Rows, Texts, at_home, collate, no_dropout, spent_share, stack, trainer_for
-from transformers import TrainingArguments
 
 import hf_tokenprune as tp
 from hf_tokenprune.cost import dense_macs, trace_macs
@@ -519,13 +518,6 @@ def test_what_cannot_be_is_refused_and_the_model_left_as_it_was(tmp_path, what):
     with pytest.raises((tp.errors.ConfigError, tp.errors.UnsupportedModelError), match=message):
         trainer_for(tmp_path, make(), model=model)
     assert face(model) == before
-
-
-@pytest.mark.parametrize("make", [stages, tokens], ids=["both", "tokens"])
-def test_several_processes_are_refused(tmp_path, monkeypatch, make):
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(tp.errors.TrainingError, match=r"several processes.*2 here"):
-        trainer_for(tmp_path, make())
 
 
 def test_a_run_too_short_for_its_static_phase_is_refused(tmp_path):

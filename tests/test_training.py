@@ -386,11 +386,6 @@ def test_the_last_accumulation_of_an_epoch_may_be_short(tmp_path, way):
     assert [gradient.item() for gradient in look.own] == pytest.approx([3, 3, 3, 3])
 
 
-@pytest.fixture
-def gates_without_noise(monkeypatch):
-    monkeypatch.setattr(torch, "rand_like", lambda like, **_: torch.full_like(like, 0.5))
-
-
 IMAGES = {  # transformers' BERT ignores num_items_in_batch, so that even a dense BERT learns twice as fast here; its ViT does not
     "model": lambda: build("vit", "ForImageClassification"),
     "data": Rows("vit", "ForImageClassification", lambda _: {"labels": torch.arange(6) % 3}),
@@ -398,7 +393,6 @@ IMAGES = {  # transformers' BERT ignores num_items_in_batch, so that even a dens
 }
 
 
-@pytest.mark.usefixtures("gates_without_noise")
 @pytest.mark.parametrize("way", WAYS)
 def test_accumulating_two_micro_batches_is_one_batch(tmp_path, way):
     """Texts of one length, so that the budget of a part is that of the whole; plain gradient descent, which shows sizes."""

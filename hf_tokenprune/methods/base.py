@@ -11,6 +11,7 @@ import torch
 
 from ..losses import logit_distillation, regression_distillation
 from ..losses.carry import carry
+from ..processes import total_of, wrapper_now
 from ..schedule import GATED_PHASES, PHASES, Moment
 
 LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
@@ -41,6 +42,7 @@ class Objective:
         processes: how many share out the labels that `num_items_in_batch` counts.
         loss_scale: callable; what mixed precision multiplies the loss by before its backward.
         measures_gap: in the next forward, compare the soft model with the hard one.
+        wrapper: the `DistributedDataParallel` that called the latest forward, or None.
     """
 
     def __init__(self, model, distill_weight):
@@ -54,6 +56,7 @@ class Objective:
         self.accumulation = self.processes = 1
         self.loss_scale = lambda: 1.0
         self.measures_gap = False
+        self.wrapper = None
         self._sums, self._counts = defaultdict(float), defaultdict(int)
 
     # What a method defines.
@@ -69,6 +72,9 @@ class Objective:
 
     def close_gates(self):
         """Take them away when training is over or the phase has ended."""
+
+    def end_step(self):
+        """An optimizer step is over: bring together what all micro-batches and processes have seen in it."""
 
     def end_phase(self, phase, optimizer):
         """A phase has ended with its last step. Returns True if the weights were cut."""
@@ -113,6 +119,7 @@ class Objective:
         return {"pruning_phase": PHASES.index(self.moment.phase), f"{self.cost}_target": self.target()}
 
     def __call__(self, model, forward, args, kwargs):
+        self.wrapper = wrapper_now()
         self.pruner.soft = {}
         if self.moment.phase != "dense":
             self.prepare()
@@ -220,11 +227,13 @@ class Objective:
         self._counts[name] += 1
 
     def pop_log(self):
-        """Means of all noted numbers since the last call."""
-        means = {name: float(self._sums[name]) / self._counts[name] for name in self._sums}
+        """Means of all noted numbers since the last call, over all processes."""
+        names = list(self._sums)
+        sums = total_of([float(self._sums[name]) for name in names], self.model.device)
+        counts = total_of([self._counts[name] for name in names], self.model.device)
         self._sums.clear()
         self._counts.clear()
-        return means
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
 
 
 def _without_labels(kwargs):

@@ -10,6 +10,7 @@ from ..budget import Lengths
 from ..gates import keep_probability, sample_hard_concrete, scale_rate
 from ..losses import lagrangian
 from ..modeling.shapes import cut_parameter, sizes_of
+from ..processes import agreed, mean_of
 from ..schedule import ramp
 
 
@@ -138,6 +139,8 @@ class BudgetedGates:
         self.restarted = False
         self.shifted = torch.cat([torch.zeros(0, dtype=torch.bool), *(part.shifted() for part in parts)])
         self.now = None  # log-odds of the running forward, None while nothing is gated softly
+        self.noise = None  # of the running step: all its micro-batches and processes draw the same gates
+        self.gradient = None  # of the running step, with respect to gates that are all 1
         self.progress = 0.0
         self.loss_scale = lambda: 1.0
 
@@ -231,12 +234,16 @@ class BudgetedGates:
             self.now = None
             gates = torch.ones_like(self.state.start, requires_grad=True)
             gates.register_hook(self._measure)
+            if self.gradient is None:
+                self.gradient = torch.zeros_like(gates)
         else:
             self._start_in_order()
             self.now = log_alpha = self.log_alpha()
             if self.projected and log_alpha.requires_grad:
                 log_alpha.register_hook(self._along_budget(log_alpha.detach()))
-            gates = sample_hard_concrete(log_alpha)
+            if self.noise is None:
+                self.noise = agreed(torch.rand_like(self.state.start))
+            gates = sample_hard_concrete(log_alpha, noise=self.noise)
         alive = {}
         for part, piece in zip(self.parts, gates.split(self.sizes), strict=True):
             alive = part.open(piece, alive) or alive
@@ -247,10 +254,16 @@ class BudgetedGates:
         for part in self.parts:
             part.close()
 
+    def end_step(self):
+        """An optimizer step is over. What was measured is the gradient of its whole batch."""
+        self.noise = None
+        if self.gradient is not None:
+            gradient, self.gradient = mean_of(self.gradient), None
+            if torch.isfinite(gradient).all():
+                self.state.information += gradient.square()
+
     def _measure(self, gradient):
-        gradient = gradient.detach() / self.loss_scale()
-        if torch.isfinite(gradient).all():
-            self.state.information += gradient.square()
+        self.gradient += gradient.detach() / self.loss_scale()
 
     def _start_in_order(self):
         """Once information has been measured: let the gates start in the order of information per cost."""

@@ -29,7 +29,7 @@ class Compose(GatedMethod):
         20
     """
 
-    single_process = True
+    cuts_weights = True
 
     weights: StructuredPruning
     tokens: ToP

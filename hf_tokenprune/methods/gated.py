@@ -8,6 +8,7 @@ from torch import nn
 
 from ..budget import Lengths
 from ..errors import ConfigError, TrainingError
+from ..processes import total_of
 from ..schedule import Schedule
 from .base import Objective
 from .layers import LayerDistillation
@@ -17,7 +18,7 @@ from .layers import LayerDistillation
 class GatedMethod:
     """What the configs of all gated methods share; see `ToP` for the arguments."""
 
-    single_process = False  # several processes at a time cannot train it yet
+    cuts_weights = False  # at the end of a phase, out of the model in training
 
     target_macs: float | None = None
     teacher: object = "self"
@@ -108,6 +109,7 @@ class GatedObjective(Objective):
         self.config, self.gates, self.helpers, self.gated_phase = config, gates, helpers, phase
         self.pruner.training_state = gates.state
         self.told = False
+        self.observed = [0, 0, 0]
 
     def start_run(self, learning_rate, steps):
         """Begin anew. `steps` of each phase by name."""
@@ -149,8 +151,16 @@ class GatedObjective(Objective):
 
     def observe(self):
         seen = self.lengths()
-        counts = self.gates.state.lengths
-        counts += counts.new_tensor([seen.samples, seen.droppable, seen.squares])
+        more = (seen.samples, seen.droppable, seen.squares)
+        self.observed = [a + b for a, b in zip(self.observed, more, strict=True)]
+
+    def end_step(self):
+        if self.moment.phase != "settle":
+            counts = self.gates.state.lengths
+            counts += counts.new_tensor(total_of(self.observed, counts.device))
+            self.observed = [0, 0, 0]
+        if self.moment.phase == self.gated_phase:
+            self.gates.end_step()
 
     def restarted(self):
         if self.gates.restarted:

@@ -12,6 +12,7 @@ from ..gates import sample_straight_through
 from ..losses import information_norm, negative_entropy
 from ..modeling.modeling_token_pruned import attach, is_token_pruned
 from ..modeling.selection import Skim, most_important, relative_rank
+from ..processes import total_of
 from ..schedule import Schedule, ramp
 from .base import Helper
 from .budgeted import BudgetedGates
@@ -61,8 +62,6 @@ class InforCoef(GatedMethod):
         1.5
     """
 
-    single_process = True
-
     static_macs: float | None = 0.4
     norm_weight: float = 0.1
     entropy_weight: float = 0.01
@@ -85,6 +84,10 @@ class InforCoef(GatedMethod):
         if type(self.width) is not int or not 1 <= self.width <= 10_000:
             self.refuse("width", "a whole number from 1 to 10000")
         self._static()
+
+    @property
+    def cuts_weights(self):
+        return self.static_macs is not None
 
     def check_schedule(self):
         check_schedule(self, static=True)
@@ -184,6 +187,7 @@ class InforCoefObjective(StructuredObjective):
     def __init__(self, model, config, gates, helpers):
         super().__init__(model, config, gates, helpers=helpers, phase="static")
         self.looks = {}
+        self.moves = []  # how far each micro-batch of the step would move the offset
 
     @property
     def foresees(self):
@@ -277,7 +281,7 @@ class InforCoefObjective(StructuredObjective):
                 f"tokens left, {least:.3f} of the dense model's MACs are spent. Cut more weights: static_macs."
             )
         now = self._offset()
-        self._set_offset(now + self.FORGETS / self.accumulation * (solved - now))
+        self.moves.append(self.FORGETS * (solved - now))
         self.note("macs_expected", cost.share(now))
 
     def _hold_budget(self):
@@ -285,8 +289,14 @@ class InforCoefObjective(StructuredObjective):
         lengths = self.pruner.trace[0].arrived
         dense = sum(shape.whole(lengths) for shape in self.gates.budget.dense_shapes)
         spent = sum(trace_macs(self.model)) / dense
-        now = self._offset()
-        self._set_offset(now - self.HOLDS / self.accumulation * (spent - self.config.target_macs))
+        self.moves.append(-self.HOLDS * (spent - self.config.target_macs))
+
+    def end_step(self):
+        super().end_step()
+        if self.moves:
+            moved, batches = total_of([sum(self.moves), len(self.moves)], self.model.device)
+            self._set_offset(self._offset() + moved / batches)
+            self.moves = []
 
     def harden(self):
         if self.moment.phase in ("dense", "static"):

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..gates import log_alpha_for
 from ..modeling.architectures import find_encoder
 from ..modeling.modeling_token_pruned import attach, is_token_pruned
+from ..processes import agreed, count, renew
 from ..structure import PARTS, Layout, StructureGates
 from ..surgery import operate
 from .budgeted import BudgetedGates, Part
@@ -48,7 +49,7 @@ class StructuredPruning(GatedMethod):
         ('heads', 'units')
     """
 
-    single_process = True
+    cuts_weights = True
 
     target_params: float | None = None
     parts: tuple[str, ...] | None = None
@@ -201,9 +202,12 @@ class StructuredObjective(GatedObjective):
         if phase != self.gated_phase or self.pruner.structure is None:
             return False
         layout, hard = self.pruner.structure.layout, self.pruner.structure.hard
-        hidden, heads, units = layout.left(torch.ones(layout.size) if hard is None else hard)
+        hard = torch.ones_like(self.gates.state.start[: layout.size]) if hard is None else hard
+        hidden, heads, units = layout.left(agreed(hard))
         self.close_gates()
         cut_weights(self, optimizer, hidden=hidden, heads=heads, units=units)
+        if count() > 1:
+            renew(self.wrapper)
         return True
 
     def tell_out_of_reach(self, spent):
