@@ -1,8 +1,10 @@
 """One callback for an unmodified `transformers.Trainer`."""
 
 import contextlib
+import functools
 import sys
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
@@ -44,10 +46,20 @@ class TokenPruneCallback(TrainerCallback):
         self.objective = None
         self.total = 0
         self.meters = {}
+        self.watch = None
 
     def attach(self, model):
         """Prepare a model. The Trainer's constructor does it through this callback; call it yourself where the optimizer is made
-        before that (`optimizers=(...)`) or where the model is made anew (`model_init`)."""
+        before that (`optimizers=(...)`) or where the model is made anew (`model_init`).
+
+        Example:
+            >>> callback = TokenPruneCallback(ToP(target_macs=0.4))  # doctest: +SKIP
+            >>> def model_init(trial=None):  # doctest: +SKIP
+            ...     if trial is not None:  # of a hyperparameter search: the method's settings can be searched, too
+            ...         callback.method = ToP(target_macs=trial.suggest_float("target_macs", 0.3, 0.6))
+            ...     return callback.attach(AutoModelForSequenceClassification.from_pretrained("..."))
+            >>> Trainer(model_init=model_init, callbacks=[callback], ...)  # doctest: +SKIP
+        """
         if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
             raise TrainingError(
                 "The model has adapters, which this version cannot prune. Merge them first: merge_and_unload()."
@@ -62,17 +74,22 @@ class TokenPruneCallback(TrainerCallback):
 
     # Events of the Trainer, in the order in which they come.
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if args.n_gpu > 1:
             raise TrainingError(
                 "This Trainer would use DataParallel over several GPUs, which copies the model in every step and loses what the "
                 "hooks learn. Start the script with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         for name in ("fsdp", "deepspeed"):
-            if getattr(args, name, None):
-                raise TrainingError(f"TokenPruneCallback does not work with {name} yet. Use one process, or torchrun (DDP).")
+            if getattr(args, name, None) or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+                raise TrainingError(
+                    f"TokenPruneCallback does not work with {name} yet: it leaves a shard of each parameter to each process, but "
+                    "between steps all gates are read and weights are cut. Use one process, or torchrun alone (DDP)."
+                )
         if model is not self.model:
             self.attach(model)
+        if optimizer is not None:
+            self.watch = model.register_load_state_dict_post_hook(functools.partial(_forget_what_is_gone, optimizer))
         _log_first(self)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -82,6 +99,8 @@ class TokenPruneCallback(TrainerCallback):
                 "made a new model. Pass it as Trainer(callbacks=[...]), and with model_init let that function return "
                 "callback.attach(model)."
             )
+        if self.watch is not None:
+            self.watch.remove()
         _check_checkpointing(model)
         group = _group_of(optimizer, self.objective.parameters())
         self.total = state.max_steps
@@ -141,7 +160,7 @@ class TokenPruneCallback(TrainerCallback):
         was_cut = self.objective.moment.phase != now.phase and self.objective.end_phase(now.phase, optimizer)
         if was_cut or self.objective.moment.phase == "settle":
             # A model that was better before it met the budget is none to come back to.
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            _forget_best(state)
         self.objective.moment = now
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -157,6 +176,11 @@ class TokenPruneCallback(TrainerCallback):
         logs.update(numbers)
         if state.log_history:
             state.log_history[-1].update(numbers)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        # As the budget tightens every metric gets worse: no reason to stop early, and no model to come back to.
+        if self.objective is not None and self.objective.moment.phase != "settle":
+            _forget_best(state)
 
     def on_predict(self, args, state, control, **kwargs):
         self._pop_shares(False)  # a prediction is no evaluation
@@ -206,6 +230,18 @@ def _shares(meter, model):
     if not dense:
         return {}
     return {"macs_realised": spent / dense, **{f"tokens_after_{layer}": n / entered for layer, n in enumerate(left)}}
+
+
+def _forget_best(state):
+    state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+
+def _forget_what_is_gone(optimizer, model, _incompatible_keys):
+    """A checkpoint has been loaded that may be of a model from which layers have been cut: an optimizer that was made for the whole
+    model holds what is left of it, like the one whose state is loaded next."""
+    left = set(model.parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter in left]
 
 
 def _check_checkpointing(model):
