@@ -45,6 +45,7 @@ class TokenPruneCallback(TrainerCallback):
         self.model = None
         self.objective = None
         self.total = 0
+        self.told = False
         self.meters = {}
         self.watch = None
 
@@ -115,6 +116,7 @@ class TokenPruneCallback(TrainerCallback):
             if not learning_rate > 0:
                 raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
             self.objective.start_run(learning_rate, steps)
+        self.told = False
         self.objective.moment = self.method.schedule.at(state.global_step, self.total)
         if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
             self.objective.harden()
@@ -139,6 +141,16 @@ class TokenPruneCallback(TrainerCallback):
                 self.objective.teacher_number = save_teacher(self.objective.teacher, args.output_dir)
         self.objective.moment = self.method.schedule.at(step, self.total)
         self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.objective.drop_unsound_gradients() and not self.told:
+            self.told = True
+            logger.warning(
+                f"The gradient of step {state.global_step + 1} is not finite. What decides about tokens and weights stays as it is "
+                "in such a step. The weights are the Trainer's: with max_grad_norm (1.0 by default) one such step in fp32 or "
+                "bf16 makes all of them NaN. Then resume from an earlier checkpoint, with a lower learning rate or without the "
+                "batch at fault."
+            )
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if args.world_size > 1 and self.method.cuts_weights and self.objective.wrapper is None:

@@ -38,6 +38,7 @@ class Objective:
         moment: the phase of the current step, set by the callback.
         teacher: a frozen packed model, or None.
         taught: the teacher's output in the current step, or None.
+        outputs: the model's own output in the current step, or None.
         accumulation: micro-batches per optimizer step.
         processes: how many share out the labels that `num_items_in_batch` counts.
         loss_scale: callable; what mixed precision multiplies the loss by before its backward.
@@ -52,7 +53,7 @@ class Objective:
         self.distill_weight = distill_weight
         self.moment = Moment("dense", 0.0)
         self.teacher = None
-        self.taught = None
+        self.taught = self.outputs = None
         self.accumulation = self.processes = 1
         self.loss_scale = lambda: 1.0
         self.measures_gap = False
@@ -97,6 +98,19 @@ class Objective:
         """Parameters that the method trains."""
         return self.pruner.training_state.parameters()
 
+    def drop_unsound_gradients(self):
+        """Let the optimizer pass over the method's parameters in a step whose gradient is not finite: they would be NaN for good.
+
+        Returns:
+            True if this is such a step.
+        """
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if not gradients or torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+            return False
+        for parameter in self.parameters():
+            parameter.grad = None
+        return True
+
     def target(self):
         """The share of MACs (or of what `cost` says) asked for at this moment."""
         return 1.0
@@ -127,7 +141,7 @@ class Objective:
         wants_tuple = kwargs.get("return_dict", model.config.return_dict) is False
         seen = {**kwargs, "return_dict": True}
         seen.pop("num_items_in_batch", None)
-        outputs = forward(*args, **seen)
+        outputs = self.outputs = forward(*args, **seen)
         if self.moment.phase != "settle":
             self.observe()
         terms = {}
@@ -143,7 +157,7 @@ class Objective:
         if self.measures_gap and self.moment.phase in GATED_PHASES:
             self.measures_gap = False
             self.note("soft_hard_gap", self._gap(model, forward, args, seen))
-        self.taught = None
+        self.taught = self.outputs = None
         for pruner in (self.pruner, *([] if self.teacher is None else [self.teacher.token_pruner])):
             pruner.last_forward, pruner.watched, pruner.remembers = None, frozenset(), False
         outputs = self._carry(model, outputs, total, kwargs)

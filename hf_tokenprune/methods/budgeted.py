@@ -259,8 +259,9 @@ class BudgetedGates:
         self.noise = None
         if self.gradient is not None:
             gradient, self.gradient = mean_of(self.gradient), None
-            if torch.isfinite(gradient).all():
-                self.state.information += gradient.square()
+            information = self.state.information + gradient.square()
+            if information.isfinite().all():
+                self.state.information.copy_(information)
 
     def _measure(self, gradient):
         self.gradient += gradient.detach() / self.loss_scale()

@@ -272,6 +272,8 @@ class InforCoefObjective(StructuredObjective):
     def _meet_budget(self):
         """Move the offset towards the one at which this batch would spend the target at inference."""
         cost = SamplingCost(self.model, self.gates.budget.dense_shapes, self.looks)
+        if not (cost.margins > float("-inf")).all():  # the forward came out NaN, or overflowed
+            return
         solved = cost.offset_for(self.target())
         least = cost.share(-cost.FARTHEST)
         if least > self.config.target_macs and not self.told:
@@ -286,6 +288,8 @@ class InforCoefObjective(StructuredObjective):
 
     def _hold_budget(self):
         """While settling the weights go on moving, and with them what the samplers see: the offset follows, slowly."""
+        if not all(x.isfinite().all() for x in self.outputs.values() if isinstance(x, torch.Tensor)):
+            return  # who has survived says nothing then
         lengths = self.pruner.trace[0].arrived
         dense = sum(shape.whole(lengths) for shape in self.gates.budget.dense_shapes)
         spent = sum(trace_macs(self.model)) / dense
