@@ -175,7 +175,8 @@ class Foresight(Helper):
             _, rank = relative_rank(call.importance, call.batch, call.summary)
             logits = objective.samplers()[layer].logits(call.entered[0].detach())
             missed = logits[:, 1] - logits[:, 0] - 2 * self.FIRST * (1 - rank)
-            terms.append(missed[~call.summary].square().mean() / self.FIRST**2)
+            missed = missed[~call.summary]
+            terms.append(missed.square().sum() / max(len(missed), 1) / self.FIRST**2)
         return {"foresight": torch.stack(terms).mean()} if terms else {}
 
 
@@ -333,7 +334,7 @@ class SamplingCost:
         # On the CPU at once: the bisection looks at single numbers.
         self.margins = torch.stack([looks[layer].margin for layer in sorted(looks)]).cpu()
         lengths = first.batch.lengths
-        self.sequence, self.count = first.batch.sequence_ids.cpu(), len(lengths)
+        self.sequence, self.least = first.batch.sequence_ids.cpu(), torch.tensor(lengths).clamp(max=1)
         self.dense = sum(shape.whole(lengths) for shape in dense_shapes)
 
     def share(self, offset):
@@ -341,10 +342,11 @@ class SamplingCost:
         alive = (self.margins + offset > 0).cumprod(0)
         spent, arrived, pruner = 0, self.margins.shape[1], self.model.token_pruner
         for layer, shape in enumerate(self.shapes):
-            counts = torch.bincount(self.sequence, weights=alive[layer].double(), minlength=self.count).clamp(min=1)
+            counts = torch.bincount(self.sequence, weights=alive[layer].double(), minlength=len(self.least))
+            counts = counts.maximum(self.least)
             pooled = pruner.pooled_head and layer == len(self.shapes) - 1
             total, squares = counts.sum().item(), (counts.sum() if pooled else (counts * counts).sum()).item()
-            after = self.count if pooled else total
+            after = self.least.sum().item() if pooled else total
             spent += shape.before * total + shape.after * after + shape.attention * squares + pruner.macs(layer, arrived)
             arrived = total
         return spent / self.dense
