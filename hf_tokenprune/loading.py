@@ -3,8 +3,9 @@
 import transformers
 from transformers import AutoConfig
 
-from .errors import UnsupportedInputError, UnsupportedModelError
+from .errors import ConfigError, UnsupportedInputError, UnsupportedModelError
 from .modeling.modeling_token_pruned import read_config, token_pruned_class
+from .modeling.shapes import MOST_LAYERS, encoder_config
 
 
 def from_pretrained(folder_or_id, **kwargs):
@@ -21,7 +22,7 @@ def from_pretrained(folder_or_id, **kwargs):
     Raises:
         ConfigError: `config.token_pruning` is damaged or from a newer version.
         UnsupportedInputError: `trust_remote_code=True` was given.
-        UnsupportedModelError: the config does not name a class of transformers.
+        UnsupportedModelError: the config does not name a class of transformers that it fits.
 
     Example:
         >>> model = from_pretrained("pruned")  # doctest: +SKIP
@@ -33,14 +34,27 @@ def from_pretrained(folder_or_id, **kwargs):
         )
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if name in kwargs}
     config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False, **hub)
+    layers = getattr(encoder_config(config), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ConfigError(
+            f"The config of {folder_or_id} has num_hidden_layers={layers}; no encoder has more than {MOST_LAYERS}."
+        )
     names = config.architectures or []
     dense_class = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
-    if not (isinstance(dense_class, type) and issubclass(dense_class, transformers.PreTrainedModel)):
+    if not (
+        isinstance(dense_class, type) and issubclass(dense_class, transformers.PreTrainedModel) and dense_class.config_class
+    ):
         raise UnsupportedModelError(
             f"The config of {folder_or_id} names the architectures {names}; the first should be a model class of transformers."
+        )
+    if not isinstance(config, dense_class.config_class):
+        raise UnsupportedModelError(
+            f"The config of {folder_or_id} is a {type(config).__name__}, but names the architecture {dense_class.__name__}, whose "
+            f"config is a {dense_class.config_class.__name__}. Restore the config.json that was saved with the model."
         )
     settings = getattr(config, "token_pruning", None)
     if settings is None:
         return dense_class.from_pretrained(folder_or_id, config=config, **kwargs)
     read_config(settings)
+    kwargs.setdefault("use_safetensors", True)  # never saved otherwise, so anything else is not ours
     return token_pruned_class(dense_class).from_pretrained(folder_or_id, config=config, **kwargs)

@@ -19,7 +19,7 @@ except ImportError as error:
 from .errors import ConfigError, UnsupportedModelError
 from .pruner import TokenPruner
 from .selection import SELECTORS, Selector
-from .shapes import check_shapes, cut, replay, restored, settle_config, shape_map, sizes_of
+from .shapes import MOST_LAYERS, check_shapes, cut, replay, restored, settle_config, shape_map, sizes_of
 
 FORMAT_VERSION = 1
 
@@ -182,10 +182,10 @@ def read_config(config):
         return ConfigError(f"config.token_pruning is damaged: {why}. Restore the config.json that was saved with the model.")
 
     if not isinstance(config, dict):
-        raise damaged(f"it is {config!r}, not a dictionary")
+        raise damaged(f"it is {_short(config)}, not a dictionary")
     version = config.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise damaged(f"version is {version!r}")
+        raise damaged(f"version is {_short(version)}")
     if version > FORMAT_VERSION:
         raise ConfigError(
             f"This model was saved in format {version} of hf_tokenprune; this code reads up to {FORMAT_VERSION}. Upgrade with "
@@ -193,33 +193,39 @@ def read_config(config):
         )
     unknown = set(config) - {"version", "sites", "protected_token_ids", "method", "shapes"}
     if unknown:
-        raise damaged(f"unknown entries {sorted(map(str, unknown))}")
+        raise damaged(f"unknown entries {_short(sorted(map(str, unknown)))}")
     sites, ids = config.get("sites"), config.get("protected_token_ids")
     if not isinstance(ids, list) or len(ids) > 10_000 or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise damaged(f"protected_token_ids is {str(ids)[:100]}, not a list of at most 10000 token ids")
-    if not isinstance(sites, list):
-        raise damaged(f"sites is {sites!r}, not a list")
+        raise damaged(f"protected_token_ids is {_short(ids)}, not a list of at most 10000 token ids")
+    if not isinstance(sites, list) or len(sites) > MOST_LAYERS:
+        raise damaged(f"sites is {_short(sites)}, not a list of at most {MOST_LAYERS} sites")
     seen = set()
     for site in sites:
         if not isinstance(site, dict) or set(site) != {"layer", "selector"} or not isinstance(site["selector"], dict):
-            raise damaged(f"{site!r} is not a site")
+            raise damaged(f"{_short(site)} is not a site")
         layer, selector = site["layer"], dict(site["selector"])
         if type(layer) is not int or layer < 0 or layer in seen:
-            raise damaged(f"{layer!r} is not the number of a layer, or is listed twice")
+            raise damaged(f"{_short(layer)} is not the number of a layer, or is listed twice")
         seen.add(layer)
         kind = selector.pop("kind", None)
         if not isinstance(kind, str) or kind not in SELECTORS:
             raise ConfigError(
-                f"config.token_pruning has a selector of kind {kind!r} at layer {layer}; known: {', '.join(sorted(SELECTORS))}."
+                f"config.token_pruning has a selector of kind {_short(kind)} at layer {layer}; known: {', '.join(sorted(SELECTORS))}."
             )
         try:
             with torch.device("meta"):  # to check its settings takes no memory
                 SELECTORS[kind](**selector)
         except TypeError as error:
-            raise damaged(f"the selector at layer {layer} has the settings {selector!r} ({error})") from None
+            raise damaged(f"the selector at layer {layer} has the settings {_short(selector)} ({_short(error)})") from None
     if "shapes" in config:
         check_shapes(config["shapes"])
     return config
+
+
+def _short(value):
+    """What a damaged file says, but no book."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def attach(model, sites=(), protected_token_ids=(), method=None):

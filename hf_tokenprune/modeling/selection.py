@@ -116,10 +116,10 @@ class RankBins(Selector):
 
     def keep(self, importance, batch, protected):
         pattern = self.pattern()
-        if min(pattern) < 0:
+        if not {0, 1}.issuperset(pattern):
             raise ConfigError(
                 "This checkpoint does not say which tokens its sites keep (a `token_pruner.sites.*.kept` tensor is missing "
-                "from its safetensors file). Load a complete checkpoint."
+                "from its safetensors file, or damaged). Load a complete checkpoint."
             )
         _, relative = relative_rank(importance, batch, protected)
         return self.kept[self.bin_of(relative)].bool() | protected
@@ -135,7 +135,7 @@ class RankBins(Selector):
 
     @property
     def needs_importance(self):
-        return min(self.pattern()) < 1
+        return self.pattern() != [1] * self.bins
 
     def bin_of(self, relative):
         """`(T,)` bin of each relative rank."""
@@ -240,7 +240,7 @@ class Skim(Selector):
                 "safetensors file). Load a complete checkpoint."
             )
         logits = self.logits(states)
-        stays = (logits[:, 1] > logits[:, 0]) | protected
+        stays = ~(logits[:, 1] <= logits[:, 0]) | protected  # where they are NaN, nothing is dropped
         return stays | most_important(logits[:, 1] - logits[:, 0], batch, protected)
 
     def offset_value(self):

@@ -324,7 +324,7 @@ def _refresh(module):
         module.out_channels = module.weight.shape[0]
 
 
-def _encoder_part(config):
+def encoder_config(config):
     """The part of a model's config that is its encoder's: the whole, or one of its parts."""
     if config.model_type in FAMILIES:
         return config
@@ -334,7 +334,7 @@ def _encoder_part(config):
 @contextlib.contextmanager
 def restored(config, shapes):
     """Within this context the config builds the model that the shape map (or None) is to be replayed on."""
-    own, changed = _encoder_part(config), {}
+    own, changed = encoder_config(config), {}
     try:
         for name, value in (shapes or {"restore": {}})["restore"].items():
             changed[name] = getattr(own, name)
@@ -349,7 +349,7 @@ def _resized_config(model, **sizes):
     """A copy of a model's config with other sizes in the encoder's part of it."""
     _, encoder = find_encoder(model, check=False)
     config = copy.deepcopy(model.config)
-    own = _encoder_part(config)
+    own = encoder_config(config)
     config._attn_implementation_internal = own._attn_implementation_internal = "eager"
     for name, value in {**getattr(encoder, "_cut", {"restore": {}})["restore"], **sizes}.items():
         setattr(own, name, value)
