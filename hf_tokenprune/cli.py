@@ -12,6 +12,7 @@ from . import __version__
 from .bench import DTYPES, bench, read_texts
 from .errors import ConfigError, TokenPruneError
 from .explain import explain
+from .publish import push
 from .reporting import report
 from .reporting.samples import read_samples
 from .run import METHODS, make_method, run_script, settings
@@ -29,6 +30,9 @@ Measure a model on this machine, on real text. Four contenders, made from the sa
 Of a model whose weights were cut the first three are as large as what it was cut from.
 
 Times are milliseconds per text, tokenisation aside, and medians of the repeats."""
+PUSH = """\
+Upload a saved token-pruned model to the Hub in one commit: weights, tokenizer, the code that opens them, and a model card.
+Optimizer states and pickles of a checkpoint stay at home. A README.md that you wrote is published as it is."""
 EXAMPLES = """\
 examples:
   hf-tokenprune bench pruned
@@ -89,6 +93,7 @@ def _parser():
     _add_report(commands)
     _add_explain(commands)
     _add_run(commands)
+    _add_push(commands)
     return parser
 
 
@@ -193,6 +198,33 @@ def _run(arguments, command):
     if script is None:
         raise ConfigError("There is no script to run: hf-tokenprune run --target-macs 0.4 -- SCRIPT, for instance.")
     run_script(script, own, make_method(arguments.method, given))
+
+
+def _add_push(commands):
+    command = commands.add_parser("push", help="publish a saved model on the Hub, with its model card", description=PUSH)
+    add = command.add_argument
+    add("folder", metavar="FOLDER", help="a saved token-pruned model")
+    add("repo_id", metavar="USER/NAME", help="the repository, which is made if there is none")
+    add("--private", action="store_true", default=None, help="make it private, if it is made now")
+    add("--revision", metavar="BRANCH", help="commit to this branch, which is made if there is none (default: main)")
+    add("--results", metavar="FILE", nargs="+", default=[], help="JSON of `bench --json` or of a benchmark run, for the card")
+    add("--license", metavar="NAME", help="licence of the weights, as the Hub names it (default: what README.md says)")
+    add("--dry-run", action="store_true", help="only show the files and the card")
+    command.set_defaults(run=_push)
+
+
+def _push(arguments, command):
+    names = ("private", "revision", "results", "license", "dry_run")
+    found = push(arguments.folder, arguments.repo_id, **{name: getattr(arguments, name) for name in names})
+    if found.url is None:
+        print(f"{found.card}\n\nWould be published as {found.repo_id}, in one commit:")
+    for name, size in found.files.items():
+        print(f"{size:12,}  {name}")
+    print(f"{sum(found.files.values()):12,}  bytes in all")
+    if found.card_is_theirs:
+        print("README.md was written by hand, so it is published as it is.")
+    if found.url is not None:
+        print(found.url)
 
 
 def _bench(arguments, command):

@@ -13,7 +13,9 @@ from .cost import CostMeter
 from .errors import TokenPruneError, TrainingError
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
 from .processes import total_of
+from .results import evaluation_of_log
 from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
+from .trainer_card import complete, current_trainer, follow
 
 logger = logging.get_logger(__name__)
 
@@ -91,6 +93,7 @@ class TokenPruneCallback(TrainerCallback):
             self.attach(model)
         if optimizer is not None:
             self.watch = model.register_load_state_dict_post_hook(functools.partial(_forget_what_is_gone, optimizer))
+        follow(current_trainer(), model)
         _log_first(self)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -162,6 +165,7 @@ class TokenPruneCallback(TrainerCallback):
         now = self.objective.moment
         self.objective.close_gates()  # they hold the gradients' graph of the last forward
         self.objective.end_step()
+        self.model.token_pruner.evaluation = None
         if now.phase == "settle":
             return
         # What is evaluated and saved after this step is the model that the next step begins with.
@@ -188,6 +192,8 @@ class TokenPruneCallback(TrainerCallback):
         logs.update(numbers)
         if state.log_history:
             state.log_history[-1].update(numbers)
+            if evaluated not in (None, "train"):
+                self._note_evaluation(args, state.log_history, evaluated)
 
     def on_evaluate(self, args, state, control, **kwargs):
         # As the budget tightens every metric gets worse: no reason to stop early, and no model to come back to.
@@ -199,12 +205,28 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None
+        if args.load_best_model_at_end and state.best_global_step:
+            best = [number for number, entry in enumerate(state.log_history) if entry.get("step") == state.best_global_step]
+            best = [number for number in best if "eval_runtime" in state.log_history[number]]
+            self.model.token_pruner.evaluation = None
+            if best:
+                self._note_evaluation(args, state.log_history[: best[-1] + 1], "eval")
         if state.global_step < (end := self.method.schedule.start("settle", self.total)):
             logger.warning(
                 f"Training ended at step {state.global_step}, before the budget was met: annealing goes on to step "
                 f"{end} of {self.total}. The model spends more than was asked for. Let early "
                 "stopping begin later."
             )
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        if self.model is not None and state.is_world_process_zero:
+            complete(self.model, args.output_dir)
+
+    def _note_evaluation(self, args, history, prefix):
+        """Remember for the model card what the last entry of the log says about the model as it is."""
+        dense = self.method.schedule.steps(self.total)["dense"] if self.total else 0
+        metric = args.metric_for_best_model
+        self.model.token_pruner.evaluation = evaluation_of_log(history, prefix, metric, dense)
 
     def _measure(self, pruner):
         self.meters[self.model.training].update()

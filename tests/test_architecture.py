@@ -26,7 +26,10 @@ LAYERS = (
     {"methods"},
     {"training"},
 )
-LEAVES = {"integrations", "model_card", "reporting", "explain", "bench", "run", "cli", "__main__", "sample_text"}
+LEAVES = {
+    "__main__", "bench", "cli", "explain", "integrations", "model_card", "publish", "readme", "reporting", "results", "run",
+    "sample_text", "trainer_card",
+}  # fmt: skip
 MAY_IMPORT_LEAVES = {"training", *LEAVES}
 SHIPPED_CODE_MAY_IMPORT = {"torch", "transformers", *sys.stdlib_module_names}
 DEPENDENCIES = {*SHIPPED_CODE_MAY_IMPORT, "accelerate", "datasets", "huggingface_hub", "rich", "safetensors", "tqdm"}

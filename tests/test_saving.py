@@ -84,7 +84,7 @@ def assert_published_form(folder, dense_class, trainer_files=False):
     assert config["architectures"] == [dense_class.__name__]
     assert config["model_type"] == dense_class.config_class.model_type
     assert config["token_pruning"]["version"] == modeling_token_pruned.FORMAT_VERSION
-    expected = {"config.json", "model.safetensors", *code}
+    expected = {"README.md", "config.json", "model.safetensors", *code}
     if trainer_files:
         expected |= {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     assert files - {"training_args.bin"} == expected

@@ -79,10 +79,19 @@ class TokenPruningMixin:
             shorter = range(hidden) if hidden < have else None
             resize(self, heads=[range(n) for n in heads], units=[range(n) for n in units], hidden=shorter)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`, with the code that opens the folder beside the weights."""
         check_can_be_saved(self)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and not kwargs.get("push_to_hub"):  # where it is written before the upload
+            self._write_card(save_directory)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        self._write_card(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def _write_card(self, folder, repo_id=None):
+        """Write a model card. The package that prunes models puts a function here; code from the Hub writes none."""
 
 
 @functools.cache

@@ -37,6 +37,7 @@ class TokenPruner(nn.Module):
         soft_in_eval: use `soft` in evaluation mode too.
         objective: called instead of the model's forward in training mode, as `objective(model, forward, args, kwargs)`.
         meter: called with the pruner after each forward.
+        evaluation: what was measured of the model with its present weights, for its model card; or None.
         structure: gates on weights, which go when the weights themselves are cut; has `remove()`, and `say(layer)`: how much each
             head of a layer counts in importance, or None.
         trace: a `LayerTrace` per layer of the latest forward.
@@ -66,6 +67,7 @@ class TokenPruner(nn.Module):
         self.remembers = False
         self.objective = None
         self.meter = None
+        self.evaluation = None
         self.trace = []
         self.last_forward = None
         self.handles = []

@@ -1,0 +1,151 @@
+"""The README.md of a folder that is to be published: ours is written, a person's stays.
+
+Of a README.md that this package, the Trainer or transformers wrote, the section on token pruning is kept up to date. Where a
+person has written a README.md without that section, or has edited the section (its fingerprint no longer fits), the file is
+left as it is. What else stands in a README.md stays.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers.utils import logging
+
+from .model_card import DATA, FILE, PLOT, SECTION, base_of, code_of, draw, fingerprint, make_card, name_of, read_folder
+from .modeling.modeling_token_pruned import TokenPruningMixin
+
+logger = logging.get_logger(__name__)
+
+BY_TRAINER = "generated automatically according to the information the Trainer had access to"
+BY_TRANSFORMERS = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+
+
+def update(card: ModelCard, existing: str | None, append: bool = False) -> str | None:
+    """What README.md becomes: a new card, or an existing text with this card's section and metadata in it.
+
+    Args:
+        card: made by `make_card`.
+        existing: the present text, None if there is none.
+        append: add the section to any text that has none.
+
+    Returns:
+        The text; None if a person wrote the present one, which stays.
+    """
+    if existing is None or BY_TRANSFORMERS in existing:
+        return str(card)
+    found, ours = SECTION.search(existing), SECTION.search(card.text)
+    if found is None and not append and BY_TRAINER not in existing:
+        return None
+    if found is not None and found["print"] != fingerprint(found["text"]):
+        return None
+    theirs = ModelCard(existing, ignore_metadata_errors=True)
+    if found is None:
+        text = f"{theirs.text.rstrip()}\n\n{ours[0]}\n"
+    else:
+        text = card.text if _is_bare(theirs.text) else SECTION.sub(lambda _: ours[0], theirs.text, count=1)
+    old, new = theirs.data.to_dict(), card.data.to_dict()
+    if DATA in old or not any(model.get("results") for model in old.get("model-index") or ()):
+        old.pop("model-index", None)  # it was ours, or is empty
+    old.pop(DATA, None)
+    tags = list(dict.fromkeys([*_list(old.pop("tags", None)), *new.pop("tags")]))
+    return str(_with(theirs, {**new, **old, "tags": tags}, text))
+
+
+def is_persons(file: Path) -> bool:
+    """Has a person written (or edited) this README.md, as far as can be told?"""
+    if not file.exists():
+        return False
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if BY_TRAINER in text or BY_TRANSFORMERS in text:
+        return False
+    section = SECTION.search(text)
+    if section is None or section["print"] != fingerprint(section["text"]):
+        return True
+    return not _is_bare(ModelCard(text, ignore_metadata_errors=True).text)
+
+
+def write_card(
+    folder: str | os.PathLike,
+    evaluation: Mapping | None = None,
+    *,
+    base_model: str | None = None,
+    append: bool = False,
+    plot: bool = False,
+    repo_id: str | None = None,
+) -> bool:
+    """Write the card of a saved token-pruned model to its README.md, or bring up to date the section that is there.
+
+    Args:
+        folder: where the model was saved.
+        evaluation: what was measured, see `results.py`.
+        base_model: the id of the model it was fine-tuned from.
+        append: also add the section to a README.md that has none.
+        plot: draw `tokens_per_layer.png`, if matplotlib is installed.
+        repo_id: where it is to be found on the Hub.
+
+    Returns:
+        False if a person wrote README.md: it stays as it is.
+
+    Raises:
+        ConfigError: there is no token-pruned model in the folder.
+    """
+    folder = Path(folder)
+    picture = draw(evaluation) if plot and evaluation else None
+    card = make_card(
+        read_folder(folder), code_of(folder), evaluation, name=name_of(repo_id or folder), repo_id=repo_id,
+        base_model=base_model, plot=PLOT if picture else None,
+    )  # fmt: skip
+    file = folder / FILE
+    text = update(card, file.read_text(encoding="utf-8") if file.exists() else None, append)
+    if text is None:
+        return False
+    if picture:
+        replace(folder / PLOT, picture)
+    replace(file, text.encode())
+    return True
+
+
+def describe(model, folder, repo_id=None, append=False, plot=False):
+    """Write the card of a model that was just saved to a folder. That the model is saved matters more: a card that cannot be
+    written is a warning."""
+    try:
+        evaluation = model.token_pruner.evaluation
+        base = base_of(getattr(model.config, "name_or_path", None))
+        return write_card(folder, evaluation, base_model=base, append=append, plot=plot, repo_id=repo_id)
+    except Exception as error:  # whatever a README.md may hold
+        logger.warning(f"The model is saved in {folder}, but no model card was written: {type(error).__name__}: {error}")
+        return False
+
+
+TokenPruningMixin._write_card = describe  # the code on the Hub writes none
+
+
+def _is_bare(text):
+    """Is there nothing but a title outside of the section?"""
+    return re.fullmatch(r"# .*", SECTION.sub("", text).strip()) is not None
+
+
+def _with(card, data, text):
+    """A card with other metadata and another text."""
+    index = data.pop("model-index", None)
+    card.data = ModelCardData(**data)
+    if index is not None:
+        card.data.__dict__["model-index"] = index  # to the letter, also what ModelCardData would not read
+    card.text = text
+    return card
+
+
+def _list(value):
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def replace(file, content):
+    """Write a file, all or nothing."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

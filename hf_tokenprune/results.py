@@ -1,0 +1,146 @@
+"""What was measured of a model, from wherever it was measured, in one form: an evaluation, a dictionary of plain values.
+
+All entries are optional: `task`, `split`, `metric`, `score` and `dense_score`; `reduction` with `true_length` and `padded` (see
+`cost.py`); `max_length`, the length that padded MACs are counted at; `tokens` per sample, and `kept`, for each layer the share of
+them that leaves it; `latency` with `machine`, `threads`, `dtype`, `load_average` and `ms`: milliseconds per sample of each
+contender of `bench`, by batch size.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .errors import ConfigError
+
+NO_SCORES = {"loss", "runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time"}
+OURS = ("macs_realised", "tokens_after_")
+
+
+def read_results(files: Sequence, settings: Mapping | None = None) -> dict:
+    """One evaluation from JSON files of `examples/benchmark/run.py` and of `hf-tokenprune bench --json`.
+
+    Args:
+        files: the benchmark run of the pruned model, the one of the dense model on the same task, a bench result; any of them.
+        settings: of the method that pruned the model; a run with other settings is refused.
+
+    Raises:
+        ConfigError: a file cannot be read, is of neither format, or is about another model.
+    """
+    dense, pruned, timed = {}, {}, {}
+    for file in files:
+        result = _read(file)
+        try:
+            if "score" in result:
+                is_dense = result["method"] == "dense"
+                found = _of_run(result)
+                _check_settings(file, None if is_dense else result["settings"], settings)
+            else:
+                is_dense, found = False, _of_bench(result)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"{file} is neither a result of examples/benchmark/run.py nor of `hf-tokenprune bench --json` "
+                f"({type(error).__name__}: {error})."
+            ) from None
+        kind = dense if is_dense else pruned if "score" in found else timed
+        if kind:
+            raise ConfigError(
+                f"{file} is the second result of the same kind. Name one run of the model, one of the dense model."
+            )
+        kind.update(found)
+    if dense and pruned and any(dense[name] != pruned[name] for name in ("task", "split", "metric")):
+        raise ConfigError("The results of the dense and of the pruned model are on different tasks, splits or metrics.")
+    if dense and not pruned:
+        pruned = {name: dense[name] for name in ("task", "split", "metric")}
+    merged = {**timed, **pruned, **({"latency": timed["latency"]} if timed else {})}
+    return {**merged, **({"dense_score": dense["score"]} if dense else {})}
+
+
+def evaluation_of_log(
+    history: Sequence[Mapping], prefix: str = "eval", metric: str | None = None, dense_until: int = 0
+) -> dict:
+    """An evaluation from the last entry of a Trainer's `state.log_history`.
+
+    Args:
+        history: the log; entries before the last serve to find the score of the dense model.
+        prefix: what the names of the metrics begin with.
+        metric: the score to report; by default the first one that is no loss and no time.
+        dense_until: the step at which pruning began, 0 if there was no dense phase.
+
+    Example:
+        >>> log = {"eval_loss": 0.4, "eval_accuracy": 0.9, "eval_macs_realised": 0.5, "eval_tokens_after_0": 0.7, "step": 3}
+        >>> evaluation_of_log([log])
+        {'metric': 'accuracy', 'score': 0.9, 'reduction': {'true_length': 2.0}, 'kept': [0.7]}
+    """
+    entry = history[-1]
+    numbers = {
+        name.removeprefix(f"{prefix}_"): value
+        for name, value in entry.items()
+        if name.startswith(f"{prefix}_") and isinstance(value, (int, float))
+    }
+    scores = [name for name in numbers if name not in NO_SCORES and not name.startswith(OURS)]
+    metric = metric.removeprefix(f"{prefix}_") if metric else None
+    metric = metric if metric in numbers else next(iter(scores), "loss")
+    found = {"metric": metric, "score": numbers[metric]} if metric in numbers else {}
+    before = [e[f"{prefix}_{metric}"] for e in history if f"{prefix}_{metric}" in e and 0 < e.get("step", 0) <= dense_until]
+    if found and before and entry.get("step", 0) > dense_until:
+        found["dense_score"] = before[-1]
+    if numbers.get("macs_realised"):
+        found["reduction"] = {"true_length": 1 / numbers["macs_realised"]}
+    kept = {int(name.rpartition("_")[2]): value for name, value in numbers.items() if name.startswith("tokens_after_")}
+    if kept:
+        found["kept"] = [kept[layer] for layer in sorted(kept)]
+    return found
+
+
+def _read(file):
+    def refuse(constant):
+        raise ValueError(f"it holds {constant}")
+
+    try:
+        result = json.loads(Path(file).read_text(encoding="utf-8"), parse_constant=refuse)
+    except OSError as error:
+        raise ConfigError(f"The results in {file} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(result, dict):
+        raise ConfigError(f"{file} holds {type(result).__name__}, not the result of a run.")
+    return result
+
+
+def _check_settings(file, found, wanted):
+    if found and wanted and json.dumps(found, sort_keys=True) != json.dumps(wanted, sort_keys=True):
+        differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise ConfigError(
+            f"{file} is of another model: {', '.join(f'{n} is {found.get(n)!r}, not {wanted.get(n)!r}' for n in differ[:3])}."
+        )
+
+
+def _of_run(run):
+    found = {name: str(run[name]) for name in ("task", "split", "metric")}
+    found.update(score=float(run["score"]), **_counts(run, run["tokens"]))
+    bench = (run.get("time") or {}).get("bench")
+    return {**found, "latency": _latency(bench)} if bench else found
+
+
+def _of_bench(result):
+    return {**_counts({**result, **result["results"][-1]}, result["tokens_per_text"]), "latency": _latency(result)}
+
+
+def _counts(result, tokens):
+    return {
+        "reduction": {kind: float(result["reduction"][kind]) for kind in ("true_length", "padded")},
+        "max_length": int(result["max_length"]),
+        "tokens": float(tokens),
+        "kept": [float(left) / float(tokens) for left in result["tokens_per_layer"]],
+    }
+
+
+def _latency(result):
+    ms = {
+        int(entry["batch_size"]): {str(name): float(value) for name, value in entry["ms"].items() if value is not None}
+        for entry in result["results"]
+    }
+    known = {"threads": result["threads"], "dtype": result["dtype"], "load_average": result.get("load_average")}
+    return {"machine": str(result["gpu"] or result["cpu"]), **known, "ms": ms}

@@ -1,0 +1,58 @@
+"""How the model card gets into what the Trainer publishes.
+
+`Trainer.push_to_hub` saves the model, lets `Trainer.create_model_card` write a README.md of its own over the one that was saved, and
+uploads the folder; no event comes in between. So our section is added by a `create_model_card` that stands before the Trainer's
+on that one Trainer.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
+
+from .model_card import FILE
+from .readme import describe, is_persons
+
+logger = logging.get_logger(__name__)
+
+
+def current_trainer():
+    """The Trainer that is calling a callback right now, None if it is none of transformers'. Callbacks are not told."""
+    from transformers import Trainer  # inference has no need of it
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def follow(trainer, model):
+    """Let a Trainer's model cards say what this package knows of the model."""
+    if trainer is not None and "create_model_card" not in vars(trainer):
+        trainer.create_model_card = functools.partial(_create, trainer, model, trainer.create_model_card)
+
+
+def _create(trainer, model, create, *args, **kwargs):
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    if is_persons(folder / FILE):
+        logger.warning(f"{folder / FILE} was written by hand, so it stays. Move it away to get a generated model card.")
+        return
+    create(*args, **kwargs)
+    if (folder / "config.json").exists():  # or nothing has been saved yet, so that there is nothing to describe
+        describe(model, folder, trainer.hub_model_id or trainer.args.hub_model_id, append=True, plot=True)
+
+
+def complete(model, folder):
+    """Put beside weights that are uploaded during training what the Trainer does not copy there: the code and the card."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    describe(model, folder)
