@@ -31,13 +31,13 @@ def current_trainer():
     return None
 
 
-def follow(trainer, model):
-    """Let a Trainer's model cards say what this package knows of the model."""
+def follow(trainer):
+    """Let a Trainer's model cards say what this package knows of the model that it has by then."""
     if trainer is not None and "create_model_card" not in vars(trainer):
-        trainer.create_model_card = functools.partial(_create, trainer, model, trainer.create_model_card)
+        trainer.create_model_card = functools.partial(_create, trainer, trainer.create_model_card)
 
 
-def _create(trainer, model, create, *args, **kwargs):
+def _create(trainer, create, *args, **kwargs):
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
@@ -46,7 +46,7 @@ def _create(trainer, model, create, *args, **kwargs):
         return
     create(*args, **kwargs)
     if (folder / "config.json").exists():  # or nothing has been saved yet, so that there is nothing to describe
-        describe(model, folder, trainer.hub_model_id or trainer.args.hub_model_id, append=True, plot=True)
+        describe(trainer.model, folder, trainer.hub_model_id or trainer.args.hub_model_id, append=True, plot=True)
 
 
 def complete(model, folder):

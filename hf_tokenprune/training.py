@@ -93,7 +93,7 @@ class TokenPruneCallback(TrainerCallback):
             self.attach(model)
         if optimizer is not None:
             self.watch = model.register_load_state_dict_post_hook(functools.partial(_forget_what_is_gone, optimizer))
-        follow(current_trainer(), model)
+        follow(current_trainer())
         _log_first(self)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):

@@ -243,6 +243,18 @@ def test_the_trainers_own_card_gets_our_section_and_a_persons_card_stays(tmp_pat
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
 
 
+def test_the_trainers_card_is_of_the_model_that_model_init_made_last(tmp_path):
+    callback = tp.TokenPruneCallback(top())
+    trainer = trainer_for(
+        tmp_path, callbacks=[callback], model_init=lambda: callback.attach(build("bert", HEAD)),
+        eval_strategy="steps", eval_steps=6, compute_metrics=lambda _: {"accuracy": 0.25},
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict()[DATA]["score"] == 0.25
+
+
 # Result files
 
 
