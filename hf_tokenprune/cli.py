@@ -205,7 +205,7 @@ def _add_push(commands):
     add = command.add_argument
     add("folder", metavar="FOLDER", help="a saved token-pruned model")
     add("repo_id", metavar="USER/NAME", help="the repository, which is made if there is none")
-    add("--private", action="store_true", default=None, help="make it private, if it is made now")
+    add("--private", action="store_true", default=None, help="make it private; a public one that exists is refused")
     add("--revision", metavar="BRANCH", help="commit to this branch, which is made if there is none (default: main)")
     add("--results", metavar="FILE", nargs="+", default=[], help="JSON of `bench --json` or of a benchmark run, for the card")
     add("--license", metavar="NAME", help="licence of the weights, as the Hub names it (default: what README.md says)")

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
@@ -21,6 +22,7 @@ LEFT_OUT = [
     "_*", ".*", "*/.*", "*/_*", "checkpoint-*", "runs/*", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "*.bin",
     "trainer_state.json",
 ]  # fmt: skip
+WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def push(
     Args:
         folder: where the model was saved.
         repo_id: where to publish it, as `user/name`; the repository is made if there is none.
-        private: make it a private repository, if it is made now.
+        private: make it a private repository; one that exists already and is public is refused.
         revision: the branch to commit to, made if there is none; by default the main one.
         results: JSON files of what was measured, see `results.read_results`, for the card.
         license: of the weights, as the Hub names it; by default what the present card says.
@@ -125,6 +127,11 @@ class _Online:
     def prepare(self):
         """Make the repository and the branch, if they are not there."""
         self._ask(self.api.create_repo, private=self.private, exist_ok=True)
+        if self.private and not self._ask(self.api.model_info).private:
+            raise ConfigError(
+                f"{self.repo_id} exists already and is public. Make it private in its settings on the Hub, or push without "
+                "--private. Nothing was published."
+            )
         if self.revision is not None:
             self._ask(self.api.create_branch, branch=self.revision, exist_ok=True)
 
@@ -137,10 +144,14 @@ class _Online:
                 return None
 
     def commit(self, contents):
-        """Upload everything, then commit it at once."""
+        """Upload everything, then commit it at once. Weights there of another number of files go: they would be opened instead."""
+        there = self._ask(self.api.list_repo_files, revision=self.revision)
+        stale = [CommitOperationDelete(name) for name in there if WEIGHTS.fullmatch(name) and name not in contents]
         files = [CommitOperationAdd(name, it if isinstance(it, bytes) else str(it)) for name, it in sorted(contents.items())]
         message = "Upload a token-pruned model"
-        return self._ask(self.api.create_commit, operations=files, commit_message=message, revision=self.revision).commit_url
+        return self._ask(
+            self.api.create_commit, operations=[*files, *stale], commit_message=message, revision=self.revision
+        ).commit_url
 
     def _ask(self, function, **kwargs):
         try:

@@ -165,6 +165,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 files[value["path"]] = self.server.blobs[value["oid"]]
+            elif item["key"] == "deletedFile":
+                del files[value["path"]]
         sha = hashlib.sha1(self.body + commit[0].encode()).hexdigest()
         found.branches[revision].append((sha, files))
         self.send(200, {"commitUrl": f"{self.server.url}/{repo}/commit/{sha}", "commitOid": sha})

@@ -60,7 +60,11 @@ for name, token in (("nobody", None), ("stranger", "stranger"), ("reader", "read
 run("private", "writer", saved, "user/private", "--private", "--results", root / "bench.json", "--license", "mit")
 run("again", "writer", saved, "user/private")
 run("branch", "writer", root / "other", "user/private", "--revision", "other")
+run("shards", "writer", saved, "user/shards")
+run("more shards", "writer", root / "shards", "user/shards")
 api = HfApi(token="writer")
+api.create_repo("user/public")
+run("public", "writer", saved, "user/public", "--private")
 text = "# Mine\\n\\nWritten by hand.\\n"
 api.create_repo("user/edited")
 api.upload_file(repo_id="user/edited", path_in_repo="README.md", path_or_fileobj=text.encode())
@@ -133,6 +137,7 @@ def story(tmp_path_factory):
         model.classifier.bias.data += shift
         model.save_pretrained(root / name)
         torch.save(logits(tp.from_pretrained(root / name), inputs), root / f"{name}.logits")
+    model.save_pretrained(root / "shards", max_shard_size="40KB")
     (root / "saved" / "optimizer.pt").write_bytes(b"a pickle")
     before = {file.name: file.read_bytes() for file in (root / "saved").iterdir()}
     with running_hub() as hub:
@@ -142,7 +147,7 @@ def story(tmp_path_factory):
         to_read = [
             ("user/private", "saved.logits", {}), ("user/private", "other.logits", {"revision": "other"}),
             ("user/private", "saved.logits", {"revision": first}), ("user/model", "saved.logits", {}),
-            ("user/trained", "of_trainer.logits", {}),
+            ("user/trained", "of_trainer.logits", {}), ("user/shards", "other.logits", {}),
         ]  # fmt: skip
         (root / "to_read.json").write_text(json.dumps(to_read))
         in_process(READER, root, "online.json", hub=hub, home=root / "reader", HF_TOKEN="writer")
@@ -158,7 +163,7 @@ def story(tmp_path_factory):
 @pytest.mark.parametrize("when", ["online", "offline"])
 def test_what_was_pushed_opens_without_this_package(story, when):
     _, reports = story
-    assert len(reports[when]) == 5
+    assert len(reports[when]) == 6
     assert all(found == ["TokenPrunedBertForSequenceClassification", True] for found in reports[when].values()), reports[when]
 
 
@@ -206,6 +211,17 @@ def test_a_branch_is_made(story):
     assert main != other
 
 
+def test_weights_that_would_be_opened_instead_of_the_new_ones_go(story):
+    hub, reports = story
+    assert [reports["reports"][name]["status"] for name in ("shards", "more shards")] == [0, 0]
+    one, many = (
+        {name for name in files if "safetensors" in name} for _, files in hub.repositories["user/shards"].branches["main"]
+    )
+    assert one == {"model.safetensors"}
+    assert "model.safetensors" not in many
+    assert len(many) > 2
+
+
 def test_a_card_that_was_written_on_the_hub_stays(story):
     hub, reports = story
     assert "by hand" in reports["reports"]["edited"]["out"]
@@ -219,6 +235,7 @@ REFUSED = {
     "reader": "may not write to user/reader",
     "unlucky": "broke off",
     "late": "broke off",
+    "public": "exists already and is public",
 }
 
 
