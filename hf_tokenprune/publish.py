@@ -87,6 +87,7 @@ def push(
         raise ConfigError(f"{repo_id!r} is no name of a repository. Say whose it is: user/name.")
     evaluation = read_results(results, config["token_pruning"].get("method"))
     local = _text(folder / FILE)
+    before = _data(local).get(DATA)  # of the card on the Hub it may be about other weights
     token = token or get_token()
     api = HfApi(token=token)
     online = _Online(api, repo_id, revision, private)
@@ -96,7 +97,6 @@ def push(
         online.prepare()
     # A card that somebody has edited on the Hub is not to be lost.
     current = local if dry_run or is_persons(folder / FILE) else online.card() or local
-    before = _data(local).get(DATA)  # the one on the Hub may be about other weights
     evaluation = {**(before if isinstance(before, dict) else {}), **evaluation}
     picture = draw(evaluation)
     known = {**_data(local), **_data(current)}
@@ -105,7 +105,11 @@ def push(
         license=license or known.get("license"), plot=PLOT if picture else None,
     )  # fmt: skip
     text = update(card, current)
-    contents = {**files, FILE: (text or current).encode()}
+    contents = dict(files)
+    if text is not None:
+        contents[FILE] = text.encode()
+    elif current is not local:
+        contents.pop(FILE, None)  # the one on the Hub stays
     if picture and text:
         contents[PLOT] = picture
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in sorted(contents.items())}
@@ -205,7 +209,10 @@ def _files(folder, config):
 
 def _data(text):
     """The metadata of a card."""
-    return ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text else {}
+    try:
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text else {}
+    except Exception as error:  # whatever the YAML of a README.md may hold
+        raise ConfigError(f"The metadata at the top of README.md cannot be read: {error}") from None
 
 
 def _text(file):

@@ -301,6 +301,10 @@ def spoil_config(folder):
     (folder / "config.json").write_text("{")
 
 
+def spoil_card(folder):
+    (folder / "README.md").write_text("---\ntags: [\n---\n# Mine\n")
+
+
 def make_dense(folder):
     build("bert", HEAD).save_pretrained(folder)
 
@@ -308,6 +312,7 @@ def make_dense(folder):
 WRONG = {
     "no folder": (lambda folder: folder.rename(folder.with_name("gone")), "user/name", "no config.json"),
     "no config": (spoil_config, "user/name", "is damaged"),
+    "no YAML": (spoil_card, "user/name", "README.md cannot be read"),
     "dense": (make_dense, "user/name", "no token-pruned model"),
     "no code": (lambda folder: (folder / "modeling_token_pruned.py").unlink(), "user/name", "modeling_token_pruned.py missing"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "user/name", "model.safetensors missing"),
