@@ -39,6 +39,11 @@ def from_pretrained(folder_or_id, **kwargs):
         raise ConfigError(
             f"The config of {folder_or_id} has num_hidden_layers={layers}; no encoder has more than {MOST_LAYERS}."
         )
+    return open_as(config, folder_or_id, **kwargs)
+
+
+def open_as(config, folder_or_id, **kwargs):
+    """Load the model that a config describes, token-pruned if it says so; see `from_pretrained`."""
     names = config.architectures or []
     dense_class = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if not (

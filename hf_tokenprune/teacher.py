@@ -7,8 +7,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from torch import nn
+
 from .errors import TrainingError
 from .loading import from_pretrained
+from .modeling.architectures import transformers_model
 from .modeling.modeling_token_pruned import is_token_pruned, pack
 from .modeling.shapes import replay, restored, shape_map
 
@@ -87,11 +90,11 @@ def find_teacher(teacher, student):
     Raises:
         TrainingError: it is the student itself, or judges other classes.
     """
-    if teacher is student:
+    if isinstance(teacher, nn.Module) and student in teacher.modules():
         raise TrainingError(
             "The teacher is the model that is to be trained. ToP(teacher='self') takes it as it is after the dense phase."
         )
-    model = from_pretrained(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
+    model = from_pretrained(teacher) if isinstance(teacher, (str, os.PathLike)) else transformers_model(teacher)
     if model.config.num_labels != student.config.num_labels:
         raise TrainingError(
             f"The teacher has {model.config.num_labels} labels, the model to be trained {student.config.num_labels}. Give a teacher "

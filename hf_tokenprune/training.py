@@ -11,6 +11,8 @@ from transformers.utils import logging
 
 from .cost import CostMeter
 from .errors import TokenPruneError, TrainingError
+from .integrations import sentence_transformers
+from .modeling.architectures import transformers_model
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
 from .processes import total_of
 from .results import evaluation_of_log
@@ -26,6 +28,8 @@ class TokenPruneCallback(TrainerCallback):
     Give it to the Trainer's constructor. There the model becomes `TokenPruned<its class>`, with gates among its parameters,
     before the optimizer is made. Every checkpoint the Trainer writes is a complete model that loads with
     `AutoModelFor....from_pretrained(folder, trust_remote_code=True)`, and resumes exactly.
+
+    The Trainers of sentence-transformers take it, too; `integrations.sentence_transformers` says what pooling reads then.
 
     Args:
         method: a method's config, e.g. `ToP(target_macs=0.4)`.
@@ -44,7 +48,7 @@ class TokenPruneCallback(TrainerCallback):
         if not hasattr(method, "attach") or not hasattr(method, "schedule"):
             raise TrainingError(f"TokenPruneCallback({method!r}): give it a method, for instance ToP(target_macs=0.4).")
         self.method = method
-        self.model = None
+        self.model = self.inner = None
         self.objective = None
         self.total = 0
         self.told = False
@@ -67,12 +71,14 @@ class TokenPruneCallback(TrainerCallback):
             raise TrainingError(
                 "The model has adapters, which this version cannot prune. Merge them first: merge_and_unload()."
             )
-        check_can_be_saved(model)
-        with _as_it_was_if_refused(model):
-            self.objective = self.method.attach(model)
-        self.model = model
-        self.meters = {mode: CostMeter(model) for mode in (True, False)}
-        model.token_pruner.meter = self._measure
+        inner = transformers_model(model)
+        check_can_be_saved(inner)
+        with _as_it_was_if_refused(inner):
+            self.objective = self.method.attach(inner)
+        sentence_transformers.prepare(model, self.objective)
+        self.model, self.inner = model, inner
+        self.meters = {mode: CostMeter(inner) for mode in (True, False)}
+        inner.token_pruner.meter = self._measure
         return model
 
     # Events of the Trainer, in the order in which they come.
@@ -89,6 +95,10 @@ class TokenPruneCallback(TrainerCallback):
                     f"TokenPruneCallback does not work with {name} yet: it leaves a shard of each parameter to each process, but "
                     "between steps all gates are read and weights are cut. Use one process, or torchrun alone (DDP)."
                 )
+        if getattr(args, "predict_with_generate", False):
+            raise TrainingError(
+                "predict_with_generate=True: a token-pruned model reads a text once, it does not generate. Leave it out."
+            )
         if model is not self.model:
             self.attach(model)
         if optimizer is not None:
@@ -127,9 +137,9 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.accumulation = args.gradient_accumulation_steps
         self.objective.processes = args.world_size if args.average_tokens_across_devices else 1
         if self.method.teacher not in ("self", None):
-            self.objective.teacher = find_teacher(self.method.teacher, model)
+            self.objective.teacher = find_teacher(self.method.teacher, self.inner)
         elif self.method.teacher == "self" and state.global_step > dense:
-            self.objective.teacher = load_teacher(args.output_dir, self.objective.teacher_number, model.device)
+            self.objective.teacher = load_teacher(args.output_dir, self.objective.teacher_number, self.inner.device)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         step, plan = state.global_step, self.method.schedule
@@ -139,7 +149,7 @@ class TokenPruneCallback(TrainerCallback):
             for parameter in self.objective.parameters():
                 optimizer.state.pop(parameter, None)
         if step == dense and self.method.teacher == "self":
-            self.objective.teacher = dense_copy(model)
+            self.objective.teacher = dense_copy(self.inner)
             if args.should_save:
                 self.objective.teacher_number = save_teacher(self.objective.teacher, args.output_dir)
         self.objective.moment = self.method.schedule.at(step, self.total)
@@ -165,7 +175,7 @@ class TokenPruneCallback(TrainerCallback):
         now = self.objective.moment
         self.objective.close_gates()  # they hold the gradients' graph of the last forward
         self.objective.end_step()
-        self.model.token_pruner.evaluation = None
+        self.inner.token_pruner.evaluation = None
         if now.phase == "settle":
             return
         # What is evaluated and saved after this step is the model that the next step begins with.
@@ -208,7 +218,7 @@ class TokenPruneCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_global_step:
             best = [number for number, entry in enumerate(state.log_history) if entry.get("step") == state.best_global_step]
             best = [number for number in best if "eval_runtime" in state.log_history[number]]
-            self.model.token_pruner.evaluation = None
+            self.inner.token_pruner.evaluation = None
             if best:
                 self._note_evaluation(args, state.log_history[: best[-1] + 1], "eval")
         if state.global_step < (end := self.method.schedule.start("settle", self.total)):
@@ -226,14 +236,14 @@ class TokenPruneCallback(TrainerCallback):
         """Remember for the model card what the last entry of the log says about the model as it is."""
         dense = self.method.schedule.steps(self.total)["dense"] if self.total else 0
         metric = args.metric_for_best_model
-        self.model.token_pruner.evaluation = evaluation_of_log(history, prefix, metric, dense)
+        self.inner.token_pruner.evaluation = evaluation_of_log(history, prefix, metric, dense)
 
     def _measure(self, pruner):
-        self.meters[self.model.training].update()
+        self.meters[self.inner.training].update()
 
     def _pop_shares(self, training):
-        meter, self.meters[training] = self.meters[training], CostMeter(self.model)
-        return _shares(meter, self.model)
+        meter, self.meters[training] = self.meters[training], CostMeter(self.inner)
+        return _shares(meter, self.inner)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ mathematics to this base: which gates stand in for the selectors, and which loss
 """
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 
@@ -31,8 +32,26 @@ class Helper:
         return {}
 
 
+@dataclass
+class Forwards:
+    """The training forwards of one micro-batch: there are several where a loss compares embeddings.
+
+    Attributes:
+        count: how many there are so far.
+        ahead: they ran without gradients, and run again with them in the backward pass (losses with a gradient cache).
+        done: a backward pass has gone through them.
+    """
+
+    count: int = 0
+    ahead: bool = False
+    done: bool = False
+
+
 class Objective:
     """Runs the training forwards of one model; see the module's docstring.
+
+    A loss that compares embeddings needs several forwards in one step (anchor, positive, negative). Each has its own auxiliary
+    loss, on its own texts; they count by their mean, as one forward over all texts would.
 
     Attributes:
         moment: the phase of the current step, set by the callback.
@@ -44,6 +63,9 @@ class Objective:
         loss_scale: callable; what mixed precision multiplies the loss by before its backward.
         measures_gap: in the next forward, compare the soft model with the hard one.
         wrapper: the `DistributedDataParallel` that called the latest forward, or None.
+        forwards: the `Forwards` of the running micro-batch.
+        readout: what the model's outputs are read for, where that is not known from the model itself: a callable that makes one
+            tensor of them, which is then distilled; or None.
     """
 
     def __init__(self, model, distill_weight):
@@ -58,6 +80,8 @@ class Objective:
         self.loss_scale = lambda: 1.0
         self.measures_gap = False
         self.wrapper = None
+        self.forwards = Forwards()
+        self.readout = None
         self._sums, self._counts = defaultdict(float), defaultdict(int)
 
     # What a method defines.
@@ -119,6 +143,17 @@ class Objective:
 
     # What all methods do.
 
+    def _count_forward(self):
+        """A training forward begins."""
+        recorded = torch.is_grad_enabled()
+        if self.forwards.done and not (self.forwards.ahead and recorded):
+            self.forwards = Forwards()
+        now = self.forwards
+        if not recorded:
+            now.ahead = True
+        if not (now.ahead and recorded):
+            now.count += 1
+
     @property
     def teacher_number(self):
         """Fingerprint of the run's own teacher, 0 if it has none."""
@@ -134,6 +169,7 @@ class Objective:
 
     def __call__(self, model, forward, args, kwargs):
         self.wrapper = wrapper_now()
+        self._count_forward()
         self.pruner.soft = {}
         if self.moment.phase != "dense":
             self.prepare()
@@ -142,6 +178,9 @@ class Objective:
         seen = {**kwargs, "return_dict": True}
         seen.pop("num_items_in_batch", None)
         outputs = self.outputs = forward(*args, **seen)
+        if not torch.is_grad_enabled():  # only the outputs are wanted
+            self._forget()
+            return outputs.to_tuple() if wants_tuple else outputs
         if self.moment.phase != "settle":
             self.observe()
         terms = {}
@@ -157,19 +196,25 @@ class Objective:
         if self.measures_gap and self.moment.phase in GATED_PHASES:
             self.measures_gap = False
             self.note("soft_hard_gap", self._gap(model, forward, args, seen))
-        self.taught = self.outputs = None
-        for pruner in (self.pruner, *([] if self.teacher is None else [self.teacher.token_pruner])):
-            pruner.last_forward, pruner.watched, pruner.remembers = None, frozenset(), False
+        self._forget()
         outputs = self._carry(model, outputs, total, kwargs)
         return outputs.to_tuple() if wants_tuple else outputs
 
+    def _forget(self):
+        self.taught = self.outputs = None
+        for pruner in (self.pruner, *([] if self.teacher is None else [self.teacher.token_pruner])):
+            pruner.last_forward, pruner.watched, pruner.remembers = None, frozenset(), False
+
     def _carry(self, model, outputs, total, kwargs):
         """Send the auxiliary loss along, scaled like the main loss under gradient accumulation."""
-        loss = outputs.get("loss")
+        loss, forwards = outputs.get("loss"), self.forwards
+        if total.requires_grad:
+            total.register_hook(lambda _: setattr(forwards, "done", True))
         of_step = self._share_of_step(model, outputs, kwargs)
         if of_step is None:
             # The Trainer divides the model's loss itself; one computed from other outputs is divided by nobody we can ask.
-            return carry(outputs, total, has_loss=loss is not None, share=lambda: self.loss_scale() / self.accumulation)
+            scale = lambda: self.loss_scale() / (self.accumulation * forwards.count)  # noqa: E731
+            return carry(outputs, total, has_loss=loss is not None, share=scale)
         if loss is not None:
             # Many heads of transformers ignore `num_items_in_batch`. A mean, times its part of the labels, is what it asks for.
             outputs["loss"] = loss * of_step
@@ -194,22 +239,25 @@ class Objective:
         with torch.no_grad():
             taught = self.teacher(*args, **_without_labels(kwargs))
         self.taught = taught
-        names = [name for name in taught if name.endswith("logits")] or ["last_hidden_state"]
-        separate = _is_separate(model) or names == ["last_hidden_state"]
+        if self.readout is not None:
+            return {"distillation": self.distill_weight * _apart(self.readout(outputs), self.readout(taught))}
+        names = [name for name in taught if name.endswith("logits")]
+        loss = regression_distillation if _is_separate(model) else logit_distillation
+        if not names:  # a base model: nobody knows yet what its hidden states are for
+            names, loss = ["last_hidden_state"], _apart
         total = 0.0
         for name in names:
-            student = outputs[name]
-            mask = _rows_that_count(taught[name], kwargs)
+            student, target = outputs[name], taught[name]
+            mask = _rows_that_count(target, kwargs)
             if mask is not None:
-                student, target = student[mask], taught[name][mask]
-            else:
-                target = taught[name]
-            total = total + (regression_distillation if separate else logit_distillation)(student, target)
+                student, target = student[mask], target[mask]
+            total = total + loss(student, target)
         return {"distillation": self.distill_weight * total / len(names)}
 
     def _gap(self, model, forward, args, kwargs):
         """How differently the soft (training) and the hard (inference) model judge this batch, without dropout: mean total
-        variation distance of their class probabilities (regression, several labels: mean absolute difference of the logits)."""
+        variation distance of their class probabilities (regression, several labels: mean absolute difference of the logits;
+        without logits: mean square of the difference, relative to the hard model's own)."""
         pruner = self.pruner
         soft, watched, remembers, meter = pruner.soft, pruner.watched, pruner.remembers, pruner.meter
         modes = {module: module.training for module in model.modules()}
@@ -221,14 +269,16 @@ class Objective:
                 for gates in (soft, {}):
                     pruner.soft, pruner.soft_in_eval = gates, gates is soft
                     outputs = forward(*args, **_without_labels(kwargs))
-                    found.append(
-                        next((outputs[n] for n in outputs if n.endswith("logits")), outputs[next(iter(outputs))]).float()
-                    )
+                    name = next((name for name in outputs if name.endswith("logits")), None)
+                    read = outputs[name or "last_hidden_state"] if self.readout is None else self.readout(outputs)
+                    found.append(read.float())
         finally:
             pruner.soft, pruner.soft_in_eval = soft, False
             pruner.watched, pruner.remembers, pruner.meter = watched, remembers, meter
             for module, mode in modes.items():
                 module.training = mode
+        if self.readout is not None or name is None:
+            return _apart(*found).item()
         if _is_separate(model):
             return (found[0] - found[1]).abs().mean().item()
         return (found[0].softmax(-1) - found[1].softmax(-1)).abs().sum(-1).mean().item() / 2
@@ -248,6 +298,11 @@ class Objective:
         self._sums.clear()
         self._counts.clear()
         return {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
+
+
+def _apart(student, teacher):
+    """Mean squared difference, relative to the teacher's mean square: 0 = the same, about 2 = of unrelated directions."""
+    return regression_distillation(student, teacher) / teacher.detach().float().square().mean()
 
 
 def _without_labels(kwargs):

@@ -8,6 +8,9 @@ attention interface, or hands its probabilities to a module on the way (`probabi
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from .errors import UnsupportedModelError
 
 SUPPORTED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -212,6 +215,23 @@ FAMILIES = {
 }
 
 
+def transformers_model(model):
+    """The one transformers model in a wrapper (a SentenceTransformer, a PeftModel, ...), or the model itself.
+
+    Raises:
+        UnsupportedModelError: there is none, or more than one.
+    """
+    found, within = [], set()
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, PreTrainedModel) and id(module) not in within:
+            found.append(module)
+            within.update(map(id, module.modules()))
+    if len(found) != 1:
+        inside = f"has {', '.join(type(m).__name__ for m in found)} in it: pass one of them" if found else "has none in it"
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model, and {inside}.")
+    return found[0]
+
+
 def find_encoder(model, check=True):
     """`(family, encoder)` of a model: its row in the table, and the base model inside it (or the model itself).
 
@@ -219,6 +239,11 @@ def find_encoder(model, check=True):
         UnsupportedModelError: the family is not in the table, or this model is set up in a way that cannot be packed.
     """
     config = getattr(model, "config", None)
+    if check and (getattr(config, "is_encoder_decoder", False) or (hasattr(model, "can_generate") and model.can_generate())):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} generates text: each new token attends to those before it, so none of them can be dropped. "
+            "This package is for models that read a text once: classification, embeddings, reranking, question answering, masked words."
+        )
     for module in (model, *model.children()):
         family = FAMILIES.get(getattr(getattr(module, "config", None), "model_type", None))
         if family and family.encoder in (cls.__name__ for cls in type(module).__mro__):

@@ -16,6 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("Token-pruned models need transformers 5.23 or newer: pip install -U transformers") from error
 
+from .architectures import transformers_model
 from .errors import ConfigError, UnsupportedModelError
 from .pruner import TokenPruner
 from .selection import SELECTORS, Selector
@@ -50,10 +51,10 @@ class TokenPruningMixin:
         if not isinstance(module, Selector):
             super()._init_weights(module)
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        """As `nn.Module.load_state_dict`; a model in training is first cut down to the sizes that a later checkpoint has."""
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """As `nn.Module._load_from_state_dict`; a model in training is first cut down to the sizes that a later checkpoint has."""
         state = getattr(self.token_pruner, "training_state", None)
-        sizes = state_dict.get("token_pruner.training_state.sizes")
+        sizes = state_dict.get(f"{prefix}token_pruner.training_state.sizes")
         mine = getattr(state, "sizes", None)
         if (
             sizes is not None
@@ -62,7 +63,7 @@ class TokenPruningMixin:
             and not torch.equal(sizes, mine.to(sizes.device))
         ):
             self._resize_to(sizes.tolist())
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _resize_to(self, sizes):
         hidden, counts = sizes[0], sizes[1:]
@@ -241,22 +242,20 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
     """Pack a model in place and put selectors at its sites. Works again on a model that has been through it.
 
     Args:
-        model: a transformers encoder, with any head.
+        model: a transformers encoder, with any head, or something that has one in it: a SentenceTransformer, CrossEncoder or
+            SparseEncoder, a PeftModel.
         sites: a dictionary `{layer: selector}` (or pairs of them).
         protected_token_ids: ids of tokens that are never dropped, besides the summary token.
         method: how the selectors were trained, kept in the config for people to read.
 
     Returns:
-        The same model, now of class `TokenPruned<its class>`.
+        The same model; the transformers model is now of class `TokenPruned<its class>`.
 
     Raises:
         UnsupportedModelError: the model cannot be packed.
         ConfigError: a site is not a layer where tokens can be dropped.
     """
-    if not isinstance(model, transformers.PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model. Pass the transformers model inside it."
-        )
+    given, model = model, transformers_model(model)
     sites = dict(sites)
     for layer, selector in sites.items():
         if type(layer) is not int or not isinstance(selector, Selector):
@@ -272,6 +271,12 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
     pruner = TokenPruner(model, config)
     for layer, selector in ordered:
         pruner.sites[str(layer)] = selector
+    mount(model, pruner, config)
+    return given
+
+
+def mount(model, pruner, config):
+    """Put a pruner that was made for a transformers model in the place of whatever packs it now, with its `config.token_pruning`."""
     detach(model)
     pruner.to(model.device).train(model.training)
     pruner.install(model)
@@ -279,7 +284,6 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
     model.token_pruner = pruner
     model.config.token_pruning = config
     _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
-    return model
 
 
 def resize(model, *, heads, units, hidden=None, on_cut=None):
@@ -314,7 +318,8 @@ def pack(model):
     Where the head reads nothing but the pooled token, the last layer computes only that one.
 
     Args:
-        model: a transformers encoder of a supported family, with any head. A model that is packed already is left as it is.
+        model: a transformers encoder of a supported family, with any head, or something that has one in it. A model that is packed
+            already is left as it is.
 
     Returns:
         The same model.
@@ -329,7 +334,7 @@ def pack(model):
         >>> detach(model).config._attn_implementation
         'sdpa'
     """
-    return model if is_token_pruned(model) else attach(model)
+    return model if is_token_pruned(transformers_model(model)) else attach(model)
 
 
 def detach(model):
@@ -341,14 +346,17 @@ def detach(model):
     Returns:
         The same model, no longer packed.
     """
+    given, model = model, transformers_model(model)
     if not is_token_pruned(model):
-        return model
+        return given
     pruner = model.token_pruner
     pruner.uninstall(model)
     if pruner.structure is not None:
         pruner.structure.remove()
     del model.token_pruner
-    model.__class__ = type(model)._dense_class
+    for module in given.modules():  # a wrapper may have got a class that knows of packed models, too
+        if hasattr(type(module), "_dense_class"):
+            module.__class__ = type(module)._dense_class
     if hasattr(model.config, "token_pruning"):  # it may be gone with another model that has the same config object
         del model.config.token_pruning
     # Saving has put our class there; what a user had in it stays.
@@ -357,4 +365,4 @@ def detach(model):
         model.config.auto_map = others
     elif hasattr(model.config, "auto_map"):
         del model.config.auto_map
-    return model
+    return given

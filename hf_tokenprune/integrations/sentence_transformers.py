@@ -1,0 +1,146 @@
+"""sentence-transformers: its models are pruned like any other, and trained by its own Trainers with the same callback.
+
+What a dropped token contributes to the pooling after the transformers model: it is still there, with the hidden state with which it
+left. Mean pooling is the mean over all real tokens of a text, of which the survivors have their last hidden state and each
+dropped one that of an earlier layer; max pooling and SPLADE's max see both alike; CLS pooling reads a token that is never
+dropped. Nothing about it differs between training, evaluation and the saved folder.
+
+A loss of sentence-transformers is computed from embeddings of several forwards (anchor, positive, negative). The auxiliary loss
+rides on the output of each, and they count by their mean. The teacher teaches the embedding: what its own output becomes in
+the modules that follow, up to the first with weights of its own.
+"""
+
+import copy
+import functools
+import itertools
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ..loading import open_as
+from ..modeling.architectures import transformers_model
+
+TRAINING_STATE = "token_pruner.training_state."
+
+
+def from_pretrained(folder_or_id, model_class=None, **kwargs):
+    """Load a model of sentence-transformers that was saved token-pruned, executing nothing from the folder.
+
+    Where this package is not installed, `SentenceTransformer(folder, trust_remote_code=True)` does the same by the code in the folder.
+
+    Args:
+        folder_or_id: a local folder, or the id of a repository on the Hub.
+        model_class: `CrossEncoder`, `SparseEncoder`; by default `SentenceTransformer`.
+        kwargs: as for that class (`device`, `revision`, ...).
+
+    Returns:
+        The model, in evaluation mode.
+
+    Example:
+        >>> model = from_pretrained("pruned-minilm")  # doctest: +SKIP
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.util import fullname
+
+    opener = {fullname(Transformer): token_pruned_transformer(Transformer)}
+    model = (model_class or SentenceTransformer)._load_with_module_classes(folder_or_id, opener, **kwargs)
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.__class__ = Transformer
+    return model.eval()
+
+
+def prepare(model, objective):
+    """Make a model of sentence-transformers ready for its Trainer; another is left as it is.
+
+    Its checkpoints are opened by the class of the module that holds the transformers model, so that module gets one that knows how
+    to open a token-pruned folder. `detach` gives it its own back.
+
+    Args:
+        model: what the Trainer trains.
+        objective: the method's `Objective` for the transformers model in it.
+    """
+    if not any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__):
+        return
+    inner = transformers_model(model)
+    holder = next(module for module in model.modules() if getattr(module, "model", None) is inner and module is not model)
+    if not hasattr(type(holder), "_dense_class"):
+        holder.__class__ = token_pruned_transformer(type(holder), resumes=True)
+    children = list(model.children())
+    after = children[children.index(holder) + 1 :] if holder in children else []
+    after = list(itertools.takewhile(lambda module: not any(True for _ in module.parameters()), after))
+    if after:
+        objective.readout = Embedding(holder, after)
+
+
+class Embedding:
+    """Makes an embedding of a transformers model's output, as the rest of its sentence-transformers model would."""
+
+    def __init__(self, holder, after):
+        self.holder, self.after = holder, after
+
+    def __call__(self, outputs):
+        names = self.holder.modality_config["text"]["method_output_name"]
+        states = outputs
+        for name in (names,) if isinstance(names, str) else names:
+            states = states[name]
+        features = {**self.holder.seen, self.holder.module_output_name: states}
+        for module in self.after:
+            features = module(features)
+        return features.get("sentence_embedding", states)
+
+
+@functools.cache
+def token_pruned_transformer(dense_class, resumes=False):
+    """The module class of sentence-transformers that opens token-pruned folders without executing code in them.
+
+    It answers to the name of its dense class, by which a saved `modules.json` calls it.
+
+    Args:
+        dense_class: `Transformer`, or a class derived from it.
+        resumes: what it opens has the state of the training, too, as the model that is being trained has.
+    """
+
+    def _load_model(self, folder_or_id, task, config, backend, is_peft_model, **kwargs):
+        if backend != "torch" or is_peft_model or getattr(config, "token_pruning", None) is None:
+            return dense_class._load_model(self, folder_or_id, task, config, backend, is_peft_model, **kwargs)
+        kwargs.pop("trust_remote_code", None)
+        model = open_as(config, folder_or_id, **kwargs)
+        if resumes:
+            state = _training_state(folder_or_id)
+            model.token_pruner.register_state_dict_post_hook(lambda _, found, prefix, __: _add(found, prefix, state))
+        return model
+
+    def forward(self, features, **kwargs):
+        self.seen = features
+        return dense_class.forward(self, features, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        """A copy or pickle is of the dense class."""
+        twin = copy.copy(self.__dict__)
+        twin.pop("seen", None)
+        return dense_class.__new__, (dense_class,), twin
+
+    members = {
+        "__module__": dense_class.__module__,
+        "__qualname__": f"TokenPruned{dense_class.__name__}",
+        "_dense_class": dense_class,
+        "_load_model": _load_model,
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+    }
+    return type(dense_class.__name__, (dense_class,), members)
+
+
+def _training_state(folder):
+    """What the safetensors files of a local checkpoint hold of the training state."""
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            found.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(TRAINING_STATE)})
+    return {name.removeprefix("token_pruner."): tensor for name, tensor in found.items()}
+
+
+def _add(found, prefix, state):
+    found.update({prefix + name: tensor for name, tensor in state.items()})
