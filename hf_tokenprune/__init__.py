@@ -2,6 +2,7 @@
 
 from . import cost, errors
 from .depth import TokenDepths, token_depths
+from .integrations import sentence_transformers
 from .loading import from_pretrained
 from .methods.compose import Compose
 from .methods.infor_coef import InforCoef
@@ -34,4 +35,5 @@ __all__ = [
     "pack",
     "report",
     "token_depths",
+    "sentence_transformers",
 ]

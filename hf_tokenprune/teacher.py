@@ -81,7 +81,10 @@ def load_teacher(output_dir, number, device):
             f"{folder} holds the teacher of another run than the checkpoint to resume. Use one output_dir per run, or name the "
             "right teacher: ToP(teacher='path/to/it')."
         )
-    return freeze(from_pretrained(folder).to(device))
+    teacher = from_pretrained(folder).to(device)
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        tensor.data = tensor.data.clone()  # in a mapped file they are not aligned as torch's own, and the last bit may differ
+    return freeze(teacher)
 
 
 def find_teacher(teacher, student):

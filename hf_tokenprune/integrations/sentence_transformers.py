@@ -26,7 +26,7 @@ TRAINING_STATE = "token_pruner.training_state."
 def from_pretrained(folder_or_id, model_class=None, **kwargs):
     """Load a model of sentence-transformers that was saved token-pruned, executing nothing from the folder.
 
-    Where this package is not installed, `SentenceTransformer(folder, trust_remote_code=True)` does the same by the code in the folder.
+    Where this package is not installed, `SentenceTransformer(folder, trust_remote_code=True)` does it by the code in the folder.
 
     Args:
         folder_or_id: a local folder, or the id of a repository on the Hub.
@@ -138,7 +138,8 @@ def _training_state(folder):
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            found.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(TRAINING_STATE)})
+            mine = [name for name in tensors.keys() if name.startswith(TRAINING_STATE)]  # noqa: SIM118
+            found.update({name: tensors.get_tensor(name) for name in mine})
     return {name.removeprefix("token_pruner."): tensor for name, tensor in found.items()}
 
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from ..losses import logit_distillation, regression_distillation
 from ..losses.carry import carry
@@ -64,8 +65,8 @@ class Objective:
         measures_gap: in the next forward, compare the soft model with the hard one.
         wrapper: the `DistributedDataParallel` that called the latest forward, or None.
         forwards: the `Forwards` of the running micro-batch.
-        readout: what the model's outputs are read for, where that is not known from the model itself: a callable that makes one
-            tensor of them, which is then distilled; or None.
+        readout: what the model's outputs are read for, where the model itself does not know: a callable that makes embeddings
+            `(B, ...)` of them, which are then distilled; or None.
     """
 
     def __init__(self, model, distill_weight):
@@ -240,11 +241,16 @@ class Objective:
             taught = self.teacher(*args, **_without_labels(kwargs))
         self.taught = taught
         if self.readout is not None:
-            return {"distillation": self.distill_weight * _apart(self.readout(outputs), self.readout(taught))}
+            student, target = self.readout(outputs), self.readout(taught)
+            if student.shape != target.shape:  # hidden units were cut: texts can still be as alike as they were
+                student, target = (functional.cosine_similarity(x[:, None], x[None], dim=-1) for x in (student, target))
+            return {"distillation": self.distill_weight * _apart(student, target)}
         names = [name for name in taught if name.endswith("logits")]
         loss = regression_distillation if _is_separate(model) else logit_distillation
         if not names:  # a base model: nobody knows yet what its hidden states are for
             names, loss = ["last_hidden_state"], _apart
+            if outputs.last_hidden_state.shape != taught.last_hidden_state.shape:  # hidden units were cut
+                return {}
         total = 0.0
         for name in names:
             student, target = outputs[name], taught[name]

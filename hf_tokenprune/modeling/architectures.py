@@ -239,10 +239,10 @@ def find_encoder(model, check=True):
         UnsupportedModelError: the family is not in the table, or this model is set up in a way that cannot be packed.
     """
     config = getattr(model, "config", None)
-    if check and (getattr(config, "is_encoder_decoder", False) or (hasattr(model, "can_generate") and model.can_generate())):
+    if getattr(config, "is_encoder_decoder", False) or (hasattr(model, "can_generate") and model.can_generate()):
         raise UnsupportedModelError(
             f"{type(model).__name__} generates text: each new token attends to those before it, so none of them can be dropped. "
-            "This package is for models that read a text once: classification, embeddings, reranking, question answering, masked words."
+            "This package is for models that read a text once: classification, embeddings, reranking, question answering, ..."
         )
     for module in (model, *model.children()):
         family = FAMILIES.get(getattr(getattr(module, "config", None), "model_type", None))

@@ -102,7 +102,7 @@ def token_pruned_class(dense_class):
 
     def plain_forward(self, *args, **kwargs):
         with self.token_pruner.head():
-            return dense_class.forward(self, *args, **kwargs)
+            return self.token_pruner.run(self, dense_class.forward, args, kwargs)
 
     @functools.wraps(dense_class.forward)
     def forward(self, *args, **kwargs):
@@ -135,7 +135,7 @@ def __getattr__(name):
 def _auto_classes():
     """Name of the AutoModel class that opens a class, by that class's name."""
     found = {}
-    for name, auto_class in vars(modeling_auto).items():
+    for name, auto_class in sorted(vars(modeling_auto).items(), key=lambda item: item[0] != "AutoModel"):
         if name.startswith("AutoModel"):
             for entry in getattr(auto_class._model_mapping, "_model_mapping", {}).values():
                 for class_name in entry if isinstance(entry, (tuple, list)) else (entry,):

@@ -46,6 +46,7 @@ class TokenPruner(nn.Module):
     def __init__(self, model, settings):
         super().__init__()
         self.family, encoder = find_encoder(model)
+        self.alone = encoder is model
         layers = get_layers(self.family, encoder)
         self._measure(encoder, layers)
         self.pooled_head = reads_only_pooled(self.family, model, encoder)
@@ -146,8 +147,9 @@ class TokenPruner(nn.Module):
         self.dense_attention = "sdpa" if attention == ATTENTION else attention
         self._use_packed_attention(encoder)
         keep = self.handles.append
-        keep(encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True))
-        keep(encoder.register_forward_hook(self._after_encoder, always_call=True))
+        if not self.alone:
+            keep(encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True))
+            keep(encoder.register_forward_hook(self._after_encoder, always_call=True))
         chooses = [
             (site is not None and not site.before) or (self.pooled_head and number == len(layers) - 1)
             for number, site in enumerate(map(self.site, range(len(layers))))
@@ -193,6 +195,18 @@ class TokenPruner(nn.Module):
             yield
         finally:
             active.head = outer
+
+    def run(self, model, forward, args, kwargs):
+        """The forward of a model that is itself the encoder. It may be called as `model.forward(...)`, which runs no hooks."""
+        if not self.alone:
+            return forward(model, *args, **kwargs)
+        args, kwargs = self._before_encoder(model, args, kwargs)
+        output = changed = None
+        try:
+            output = forward(model, *args, **kwargs)
+        finally:
+            changed = self._after_encoder(model, args, output)
+        return output if changed is None else changed
 
     # The hooks, in the order in which they run.
 
