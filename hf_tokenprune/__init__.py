@@ -1,5 +1,8 @@
 """hf_tokenprune: encoders that read fewer tokens layer by layer, by one Trainer callback."""
 
+import importlib
+import sys
+
 from . import cost, errors
 from .depth import TokenDepths, token_depths
 from .integrations import sentence_transformers
@@ -34,6 +37,17 @@ __all__ = [
     "from_pretrained",
     "pack",
     "report",
-    "token_depths",
     "sentence_transformers",
+    "token_depths",
 ]
+
+
+def __getattr__(name):
+    if name == "peft":
+        return importlib.import_module(".integrations.peft", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# transformers imports it where it is installed. From now on PeftModel.from_pretrained knows our adapters.
+if sys.modules.get("peft"):
+    __getattr__("peft")

@@ -13,6 +13,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .model_card import FILE
+from .modeling.architectures import transformers_model
 from .readme import describe, is_persons
 
 logger = logging.get_logger(__name__)
@@ -46,7 +47,7 @@ def _create(trainer, create, *args, **kwargs):
         return
     create(*args, **kwargs)
     if (folder / "config.json").exists():  # or nothing has been saved yet, so that there is nothing to describe
-        describe(trainer.model, folder, trainer.hub_model_id or trainer.args.hub_model_id, append=True, plot=True)
+        describe(transformers_model(trainer.model), folder, trainer.hub_model_id or trainer.args.hub_model_id, append=True, plot=True)
 
 
 def complete(model, folder):

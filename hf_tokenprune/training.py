@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import sys
+from importlib import import_module
 
 from accelerate.utils import parse_flag_from_env
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
@@ -67,14 +69,16 @@ class TokenPruneCallback(TrainerCallback):
             ...     return callback.attach(AutoModelForSequenceClassification.from_pretrained("..."))
             >>> Trainer(model_init=model_init, callbacks=[callback], ...)  # doctest: +SKIP
         """
-        if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-            raise TrainingError(
-                "The model has adapters, which this version cannot prune. Merge them first: merge_and_unload()."
-            )
         inner = transformers_model(model)
         check_can_be_saved(inner)
+        adapters, base = _adapters(model), None
+        if adapters is not None:
+            adapters.check(model, self.method)
+            base = adapters.base_of(inner)
         with _as_it_was_if_refused(inner):
             self.objective = self.method.attach(inner)
+        if adapters is not None:
+            adapters.adopt(model, base)
         sentence_transformers.prepare(model, self.objective)
         self.model, self.inner = model, inner
         self.meters = {mode: CostMeter(inner) for mode in (True, False)}
@@ -137,7 +141,9 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.accumulation = args.gradient_accumulation_steps
         self.objective.processes = args.world_size if args.average_tokens_across_devices else 1
         if self.method.teacher not in ("self", None):
-            self.objective.teacher = find_teacher(self.method.teacher, self.inner)
+            teacher = self.method.teacher
+            teacher = _merged(teacher) if isinstance(teacher, nn.Module) else teacher
+            self.objective.teacher = find_teacher(teacher, self.inner)
         elif self.method.teacher == "self" and state.global_step > dense:
             self.objective.teacher = load_teacher(args.output_dir, self.objective.teacher_number, self.inner.device)
 
@@ -149,7 +155,7 @@ class TokenPruneCallback(TrainerCallback):
             for parameter in self.objective.parameters():
                 optimizer.state.pop(parameter, None)
         if step == dense and self.method.teacher == "self":
-            self.objective.teacher = dense_copy(self.inner)
+            self.objective.teacher = dense_copy(_merged(model))
             if args.should_save:
                 self.objective.teacher_number = save_teacher(self.objective.teacher, args.output_dir)
         self.objective.moment = self.method.schedule.at(step, self.total)
@@ -229,8 +235,8 @@ class TokenPruneCallback(TrainerCallback):
             )
 
     def on_push_begin(self, args, state, control, **kwargs):
-        if self.model is not None and state.is_world_process_zero:
-            complete(self.model, args.output_dir)
+        if self.model is not None and state.is_world_process_zero and _adapters(self.model) is None:
+            complete(self.inner, args.output_dir)
 
     def _note_evaluation(self, args, history, prefix):
         """Remember for the model card what the last entry of the log says about the model as it is."""
@@ -244,6 +250,18 @@ class TokenPruneCallback(TrainerCallback):
     def _pop_shares(self, training):
         meter, self.meters[training] = self.meters[training], CostMeter(self.inner)
         return _shares(meter, self.inner)
+
+
+def _adapters(model):
+    """The module that knows of adapters, if the model has any."""
+    has = hasattr(model, "peft_config") or getattr(transformers_model(model), "_hf_peft_config_loaded", False)
+    return import_module(".integrations.peft", __package__) if has else None
+
+
+def _merged(model):
+    """The transformers model in a model; a copy of it with the adapters merged, where it has any."""
+    adapters = _adapters(model)
+    return transformers_model(model) if adapters is None else adapters.merged(model)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,7 @@ class InforCoef(GatedMethod):
 
     @property
     def cuts_weights(self):
+        """Is there a static stage?"""
         return self.static_macs is not None
 
     def check_schedule(self):
