@@ -299,6 +299,22 @@ def test_the_forwards_of_a_step_have_the_same_gates(folders, tmp_path):
     same_state(*ways)
 
 
+@pytest.mark.parametrize("row", ["embedder", "sparse"])
+def test_the_teacher_teaches_the_embedding(folders, row):
+    """What is compared is what the modules after the transformers model make of its output; without gradients of their own."""
+    model = ROWS[row][0](folders)
+    callback = tp.TokenPruneCallback(top())
+    assert callback.attach(model) is model
+    model.eval()
+    features = model.preprocess(TEXTS[:5])
+    with torch.no_grad():
+        expected = model(dict(features))["sentence_embedding"]
+        found = callback.objective.readout(inside(model)(**features))
+    assert torch.equal(found, expected)
+    assert type(model[0]) is not Transformer
+    assert type(tp.detach(model)[0]) is Transformer
+
+
 # Without training
 
 LOADED = {"embedder": embedder, "reranker": reranker, "sparse": sparse}
