@@ -17,6 +17,7 @@ from torch import nn
 
 from .errors import ConfigError
 from .modeling.architectures import find_encoder, get_layers
+from .modeling.pruner import forget_compiled
 from .modeling.shapes import has_attention, has_ffn, head_size, hidden_dims, sizes_of
 
 PARTS = ("hidden", "heads", "units", "blocks")
@@ -146,6 +147,7 @@ class StructureGates:
         return None if gates is None else gates.to(like.dtype)
 
     def _install(self, model):
+        forget_compiled()
         keep = self.handles.append
         family, encoder = find_encoder(model)
         layers = get_layers(family, encoder)
@@ -191,22 +193,27 @@ class StructureGates:
 
     # The hooks. Each leaves things as they are while its gates are not in force.
 
+    @torch.compiler.disable
     def _norm(self, norm, args, output):
         gates = self._gate("hidden", torch.empty(0))
         return None if gates is None else gated_layer_norm(args[0], norm, gates).to(output.dtype)
 
+    @torch.compiler.disable
     def _linear(self, linear, args, output):
         gates = self._gate("hidden", output)
         return None if gates is None else output * gates
 
+    @torch.compiler.disable
     def _read(self, name, width, linear, args):
         gates = self._gate(name, args[0])
         return None if gates is None else (args[0] * gates.repeat_interleave(width),)
 
+    @torch.compiler.disable
     def _residual(self, name, module, args, output):
         gate = self._gate(name, output)
         return None if gate is None else torch.lerp(args[1].to(output.dtype), output, gate)
 
+    @torch.compiler.disable
     def _block(self, name, module, args, output):
         states = output[0] if isinstance(output, tuple) else output
         gate = self._gate(name, states)
@@ -214,10 +221,12 @@ class StructureGates:
             return None
         return (states * gate, *output[1:]) if isinstance(output, tuple) else states * gate
 
+    @torch.compiler.disable
     def _remember(self, name, module, args):
         if self._now() is not None:
             self.inputs[threading.get_ident(), name] = args[0]
 
+    @torch.compiler.disable
     def _after_norm(self, name, norm, args, output):
         gate = self._gate(name, output)
         return (

@@ -47,7 +47,9 @@ def _create(trainer, create, *args, **kwargs):
         return
     create(*args, **kwargs)
     if (folder / "config.json").exists():  # or nothing has been saved yet, so that there is nothing to describe
-        describe(transformers_model(trainer.model), folder, trainer.hub_model_id or trainer.args.hub_model_id, append=True, plot=True)
+        describe(
+            transformers_model(trainer.model), folder, trainer.hub_model_id or trainer.args.hub_model_id, append=True, plot=True
+        )
 
 
 def complete(model, folder):

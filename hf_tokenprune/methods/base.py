@@ -169,19 +169,29 @@ class Objective:
         return {"pruning_phase": PHASES.index(self.moment.phase), f"{self.cost}_target": self.target()}
 
     def __call__(self, model, forward, args, kwargs):
+        self._begin()
+        seen = {**kwargs, "return_dict": True}
+        seen.pop("num_items_in_batch", None)
+        return self._finish(model, forward, forward(*args, **seen), args, kwargs, seen)
+
+    # torch.compile compiles the forward that lies between these two.
+
+    @torch.compiler.disable
+    def _begin(self):
         self.wrapper = wrapper_now()
         self._count_forward()
         self.pruner.soft = {}
         if self.moment.phase != "dense":
             self.prepare()
             self.open_gates()
+
+    @torch.compiler.disable
+    def _finish(self, model, forward, outputs, args, kwargs, seen):
         wants_tuple = kwargs.get("return_dict", model.config.return_dict) is False
-        seen = {**kwargs, "return_dict": True}
-        seen.pop("num_items_in_batch", None)
-        outputs = self.outputs = forward(*args, **seen)
         if not torch.is_grad_enabled():  # only the outputs are wanted
             self._forget()
             return outputs.to_tuple() if wants_tuple else outputs
+        self.outputs = outputs
         if self.moment.phase != "settle":
             self.observe()
         terms = {}

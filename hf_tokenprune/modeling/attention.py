@@ -29,6 +29,7 @@ def two_dimensional_mask(batch_size, q_length, kv_length, attention_mask=None, *
     return attention_mask
 
 
+@torch.compiler.disable
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **_):
     """The attention function: `(1, heads, T, head_dim)` three times -> `((1, T, heads, head_dim), None)`.
 

@@ -113,6 +113,7 @@ class LayerCall:
             self.importance = importance
             self._choose(weights)
 
+    @torch.compiler.disable
     def skip(self):
         """There is no attention in this layer."""
         active.call = self

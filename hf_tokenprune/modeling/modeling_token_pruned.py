@@ -100,10 +100,12 @@ def token_pruned_class(dense_class):
     """The class `TokenPruned<dense_class>`. It is shown under its own name but answers to the dense class's `__name__`, which
     is how pipelines, PEFT and exporters recognise a model."""
 
+    @functools.partial(torch.compiler.disable, recursive=False)
     def plain_forward(self, *args, **kwargs):
         with self.token_pruner.head():
             return self.token_pruner.run(self, dense_class.forward, args, kwargs)
 
+    @functools.partial(torch.compiler.disable, recursive=False)
     @functools.wraps(dense_class.forward)
     def forward(self, *args, **kwargs):
         objective = self.token_pruner.objective

@@ -51,6 +51,7 @@ def _relative_pos(batch, distances, heads):
 RELATIVE = {"position_bias": _position_bias, "relative_pos": _relative_pos}
 
 
+@torch.compiler.disable
 def before_attention(module, args, kwargs):
     """A pre-hook: pad the hidden states, and make the mask and the relative positions those of the tokens that are left."""
     given = signature(module.forward).bind(*args, **kwargs).arguments
@@ -71,6 +72,7 @@ def before_attention(module, args, kwargs):
     return (), given
 
 
+@torch.compiler.disable
 def on_probabilities(module, args):
     """A pre-hook of what is called on `(sequences, heads, queries, keys)`: let tokens count for less, and choose the survivors."""
     call, shares = active.call, args[0]
@@ -91,6 +93,7 @@ def on_probabilities(module, args):
     return (shares, *args[1:])
 
 
+@torch.compiler.disable
 def after_attention(module, args, kwargs, output):
     """A hook: pack what the attention gives."""
     return (collect(active.call.batch, output[0]), *output[1:])

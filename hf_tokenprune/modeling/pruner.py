@@ -5,6 +5,7 @@ What one forward has to remember is in `calls`. The hooks before and after each 
 """
 
 import contextlib
+import sys
 from inspect import signature
 
 import torch
@@ -18,6 +19,12 @@ from .packing import PackedBatch
 from .padded import after_attention, before_attention, on_probabilities
 from .selection import SELECTORS
 from .shapes import has_attention, shape_map, sizes_of
+
+
+def forget_compiled():
+    """Hooks come or go: what torch.compile has compiled before does not notice, and must be compiled anew."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 class TokenPruner(nn.Module):
@@ -150,10 +157,8 @@ class TokenPruner(nn.Module):
         if not self.alone:
             keep(encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True))
             keep(encoder.register_forward_hook(self._after_encoder, always_call=True))
-        chooses = [
-            (site is not None and not site.before) or (self.pooled_head and number == len(layers) - 1)
-            for number, site in enumerate(map(self.site, range(len(layers))))
-        ]
+        forget_compiled()
+        # All layers alike, also where nobody is dropped: torch.compile uses the code of one layer for all.
         for layer in dict.fromkeys(layers):  # a shared one is there many times
             if self.family.probabilities:
                 attention = layer.get_submodule(self.family.attention)
@@ -163,20 +168,20 @@ class TokenPruner(nn.Module):
             keep(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
             # Before any hook of transformers that records hidden states, so that these are of the tokens that stay.
             keep(layer.register_forward_hook(self._after_layer, prepend=True))
-            if any(here for here, other in zip(chooses, layers, strict=True) if other is layer):
-                cut = layer.get_submodule(self.family.cut)
-                if self.family.cut_after:
-                    keep(cut.register_forward_hook(self._leave))
-                    continue
-                keep(cut.register_forward_pre_hook(self._before_cut))
-                if not self.family.cut_residual:
-                    keep(cut.register_forward_hook(self._after_cut))
+            cut = layer.get_submodule(self.family.cut)
+            if self.family.cut_after:
+                keep(cut.register_forward_hook(self._leave))
+                continue
+            keep(cut.register_forward_pre_hook(self._before_cut))
+            if not self.family.cut_residual:
+                keep(cut.register_forward_hook(self._after_cut))
 
     def uninstall(self, model):
         """Remove every hook and give the encoder the attention function that it came with."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        forget_compiled()
         _, encoder = find_encoder(model, check=False)
         encoder.config._attn_implementation_internal = self.dense_attention
 
@@ -208,8 +213,9 @@ class TokenPruner(nn.Module):
             changed = self._after_encoder(model, args, output)
         return output if changed is None else changed
 
-    # The hooks, in the order in which they run.
+    # The hooks, in the order in which they run. What they do depends on the data; torch.compile compiles what lies between them.
 
+    @torch.compiler.disable
     def _before_encoder(self, encoder, args, kwargs):
         asked = {}
         for name in ("output_attentions", "output_hidden_states"):
@@ -245,6 +251,7 @@ class TokenPruner(nn.Module):
         )
         return args, {**kwargs, "return_dict": True}
 
+    @torch.compiler.disable
     def _before_layer(self, layer, args, kwargs):
         forward = active.forward
         number = len(forward.calls)
@@ -300,19 +307,23 @@ class TokenPruner(nn.Module):
             forward.departed.append((number, (batch.index[~keep], states[:, ~keep])))
         return batch.select(rows), states.index_select(1, rows)
 
+    @torch.compiler.disable
     def _before_cut(self, module, args):
         call = active.call
         return None if call.rows is None else tuple(call.stay(tensor) for tensor in args)
 
+    @torch.compiler.disable
     def _leave(self, module, args, output):
         return (active.call.stay(output[0]), *output[1:])
 
+    @torch.compiler.disable
     def _after_cut(self, module, args, output):
         call = active.call
         if call.rows is None:
             return None
         return output.new_zeros(1, call.batch.total, output.shape[-1]).index_copy(1, call.rows, output)
 
+    @torch.compiler.disable
     def _after_layer(self, layer, args, output):
         forward = active.forward
         call = forward.calls[-1]
@@ -334,6 +345,7 @@ class TokenPruner(nn.Module):
             states = call.survivors.unpack(states, [gone for _, gone in forward.departed])
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
+    @torch.compiler.disable
     def _after_encoder(self, encoder, args, output):
         forward = active.forward
         if forward is None or forward.pruner is not self:
