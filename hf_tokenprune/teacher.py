@@ -49,6 +49,8 @@ def save_teacher(teacher, output_dir):
     """
     target = Path(output_dir) / FOLDER
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f"{FOLDER}-*"):  # by a run that was killed right here
+        shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{FOLDER}-", dir=target.parent))
     new, old = temporary / "new", temporary / "old"
     try:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from .checkpoints import set_aside_incomplete
 from .cost import CostMeter
 from .errors import TokenPruneError, TrainingError
 from .integrations import sentence_transformers
@@ -109,6 +110,12 @@ class TokenPruneCallback(TrainerCallback):
             self.watch = model.register_load_state_dict_post_hook(functools.partial(_forget_what_is_gone, optimizer))
         follow(current_trainer())
         _log_first(self)
+        with args.main_process_first(local=False):
+            for folder in set_aside_incomplete(args.output_dir) if args.process_index == 0 else ():
+                logger.warning(
+                    f"The run in {args.output_dir} was interrupted while it saved a checkpoint. What there is of it has been renamed "
+                    f"to {folder.name}, so that resume_from_checkpoint=True takes the last complete one. It may be deleted."
+                )
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.model is None or model is not self.model:

@@ -22,7 +22,7 @@ LAYERS = (
     {"modeling"},
     {"errors", "precision"},
     {"cost", "depth", "gates", "losses", "schedule", "loading", "processes"},
-    {"budget", "structure", "surgery", "teacher"},
+    {"budget", "checkpoints", "structure", "surgery", "teacher"},
     {"methods"},
     {"training"},
 )
