@@ -26,16 +26,17 @@ class ToP(GatedMethod):
     """Learn which ranks of tokens to drop in which layer, for a given share of the dense model's MACs.
 
     At each site the tokens of a text are ranked by the attention they receive; `rank_bins` gates say which bins of relative rank
-    survive (section 4.2). The expected MACs of all gates are held to a target that tightens linearly from what the packed model
-    spends to `target_macs` over four fifths of the annealing (section 4.3).
+    survive, and one gate says whether the site prunes at all (section 4.2). The expected MACs of all gates are held to a target
+    that tightens linearly from what the packed model spends to `target_macs` over four fifths of the annealing (section 4.3).
     The teacher's logits are distilled, and its last layer's ranking of the tokens, with LambdaARP2, into the early layers
     (section 4.1).
 
-    Two ways to hold the target. "lagrangian" is the paper's: all gates start open and alike, each site has one more that says
-    whether it prunes at all, and multipliers are learned that press on all of them; they need thousands of steps to follow.
-    "projected" holds it exactly in every step: a common shift of all gates is solved for, and the gates' gradient is projected
-    onto the plane of equal cost, so that the task only moves tokens from one bin or layer to another. The gates start in the
-    order of rank and get steeper over the annealing, so that the soft model ends as the hard one.
+    Two ways to hold the target. "lagrangian" is the paper's: all gates start open and alike, and multipliers are learned that
+    press on all of them; they need thousands of steps to follow. "projected" holds it exactly in every step: a common shift of all
+    gates is solved for, and the gates' gradient is projected onto the plane of equal cost, so that the task only moves tokens
+    from one bin or layer to another. The gates start in the order of rank and get steeper over the annealing. A gate of a site
+    that is half open lets more tokens through than is expected of it, so that while annealing the soft model spends more than the
+    target; the hard one does not.
 
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's. 0.4 is 2.5 times fewer.
@@ -140,14 +141,13 @@ def _take_over(old, selectors):
 
 
 class TokenBins(Part):
-    """Gates on bins of relative rank.
+    """Gates on bins of relative rank: per site, `bins` gates and one that says whether the site prunes at all.
 
     Args:
         model: the model, attached, with `RankBins` at the sites.
         sites: their layers.
         bins: bins per site.
-        in_order: start in the order of rank, rather than all open and alike. Then a site whose bins all survive does not prune.
-            Else each site has one more gate, which says whether it prunes at all.
+        in_order: start in the order of rank, rather than all open and alike.
     """
 
     OPEN = 0.97  # probability with which a gate starts open
@@ -155,21 +155,27 @@ class TokenBins(Part):
 
     def __init__(self, model, sites, bins, in_order):
         self.pruner, self.sites, self.bins, self.in_order = model.token_pruner, sites, bins, in_order
-        self.size = len(sites) * (bins + (not in_order))
+        self.size = len(sites) * (bins + 1)
 
     def start(self):
+        table = torch.full((len(self.sites), self.bins + 1), log_alpha_for(self.OPEN))
         if self.in_order:
-            return self.SLOPE * torch.linspace(1, -1, self.bins).repeat(len(self.sites))
-        return torch.full((self.size,), log_alpha_for(self.OPEN))
+            table[:, :-1] = self.SLOPE * torch.linspace(1, -1, self.bins)
+        return table.flatten()
+
+    def shifted(self):
+        mask = torch.ones(len(self.sites), self.bins + 1, dtype=torch.bool)
+        mask[:, -1] = False
+        return mask.flatten()
 
     def worth(self):
         """Information is measured while all tokens are there. When a bin's turn comes, those ranked below are gone and the softmax
         has given their share to the rest: with a part `m` left, a token's influence is `1 / m` times as large."""
-        return (-2 * ((torch.arange(self.bins) + 0.5) / self.bins).log()).repeat(len(self.sites))
+        table = torch.zeros(len(self.sites), self.bins + 1)
+        table[:, :-1] = -2 * ((torch.arange(self.bins) + 0.5) / self.bins).log()
+        return table.flatten()
 
     def scores(self, probability):
-        if self.in_order:
-            return probability
         table = probability.unflatten(-1, (len(self.sites), self.bins + 1))
         return (1 - table[..., -1:] * (1 - table[..., :-1])).flatten(-2)
 
