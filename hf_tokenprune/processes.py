@@ -28,6 +28,15 @@ def total_of(numbers, device):
     return sums.tolist()
 
 
+def of_all(thing):
+    """What each process has, in order of their numbers: plain values, which need not be alike."""
+    if count() == 1:
+        return [thing]
+    found = [None] * count()
+    distributed.all_gather_object(found, thing)
+    return found
+
+
 def mean_of(tensor):
     """The mean of a tensor over all processes."""
     if count() == 1:

@@ -168,7 +168,9 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.moment = self.method.schedule.at(step, self.total)
         self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if _scaler_of(optimizer) is not None:
+            return  # it leaves out such a step, and must see all gradients to know it by
         if self.objective.drop_unsound_gradients() and not self.told:
             self.told = True
             logger.warning(
@@ -340,8 +342,14 @@ def _group_of(optimizer, parameters):
 
 def _loss_scale(optimizer):
     """What mixed precision in fp16 multiplies the loss by; 1 otherwise."""
+    scaler = _scaler_of(optimizer)
+    return 1.0 if scaler is None else scaler.get_scale()
+
+
+def _scaler_of(optimizer):
+    """The `GradScaler` of mixed precision in fp16, or None."""
     scaler = getattr(optimizer, "scaler", None)
-    return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+    return scaler if scaler is not None and scaler.is_enabled() else None
 
 
 def _log_first(callback):

@@ -1,12 +1,14 @@
 """Training runs that `test_distributed.py` starts with torchrun, as `python distributed_runs.py folder run [run ...]`, and compares
 with the same runs in one process. Each process leaves `<run>-<its number>.pt`."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import torch
 from families import build
+from test_not_finite import Spoiler
 from torch import distributed
 from training_helpers import Recorder, Texts, no_dropout, top, trainer_for
 from transformers import TrainerCallback
@@ -36,6 +38,10 @@ RUNS = {
     "lagrangian": lambda: {"method": top(schedule=PLAN, constraint="lagrangian")},
     "weights and tokens": lambda: {"method": both(**STRONG), **PLAIN},
     "samplers": lambda: {"method": tp.InforCoef(static_macs=0.5, target_macs=0.3, schedule=STAGES, parts=NARROW, **STRONG), **PLAIN},
+    "not finite": lambda: {
+        "method": tp.InforCoef(static_macs=0.5, target_macs=0.3, schedule=STAGES, parts=NARROW), "spoiled": (3, 5, 8, 10),
+        "logging_steps": 1, **PLAIN,
+    },
     "dropout": lambda: {
         "method": both(), "model": build("bert", "ForSequenceClassification"), "data": Texts(48), "save_strategy": "steps",
         "save_steps": 1,
@@ -59,13 +65,23 @@ def trained(folder, name, per_device=4, resume=None, **more):
     torch.manual_seed(0)
     recorder, noise, settings = Recorder(), Noise(), RUNS[name]()
     model = settings.pop("model", None) or build("bert", "ForSequenceClassification", **no_dropout())
+    spoiler = Spoiler(settings.pop("spoiled", ()))
+    if os.environ.get("RANK") == "1":
+        spoil_states(model, spoiler)
     trainer = trainer_for(
-        folder, settings.pop("method"), model=model, callbacks=[recorder, noise], per_device_train_batch_size=per_device,
+        folder, settings.pop("method"), model=model, callbacks=[recorder, noise, spoiler], per_device_train_batch_size=per_device,
         max_steps=STEPS, ddp_find_unused_parameters=False, **settings, **more,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     recorder.noise = noise.drawn
     return trainer, recorder
+
+
+def spoil_states(model, spoiler):
+    """Only this process's hidden states are NaN, in some steps."""
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, __, output: output * float("nan") if spoiler.now and model.training else None
+    )
 
 
 def no_noise():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from families import build
 from training_helpers import Recorder, no_dropout, top, trainer_for
 from transformers import Trainer, TrainerCallback
@@ -129,7 +130,31 @@ def test_information_never_overflows():
     gates = objective.gates
     assert isinstance(gates, BudgetedGates)
     gradient = torch.ones_like(gates.state.information)
-    for factor in (1, 1e30, math.inf, math.nan):
-        gates.gradient = gradient * factor
+    for factor in (1.0, 1e30, math.inf, math.nan):
+        gates.open()
+        gates._measure(gradient * factor)
+        gates.close()
         gates.end_step()
     assert torch.equal(gates.state.information, gradient)
+
+
+def test_a_gradient_scaler_is_shown_every_gradient(tmp_path, caplog):
+    """In fp16 the first steps overflow as a matter of course. The scaler leaves out the whole step, and tries a smaller scale."""
+    trainer = trainer_for(tmp_path, METHODS["tokens"](), max_steps=1)
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, tp.TokenPruneCallback))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = AcceleratedOptimizer(torch.optim.SGD(trainer.model.parameters()), device_placement=False, scaler=scaler)
+    gates = trainer.model.token_pruner.training_state.log_odds
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    for overflow in (math.inf, 1.0):
+        scaler.scale(torch.ones(()))  # as before a backward
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        gates.grad *= overflow
+        callback.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=optimizer)
+        optimizer.step()
+        moved = [name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])]
+        assert moved == ([] if overflow == math.inf else list(before))
+        assert optimizer.step_was_skipped == (overflow == math.inf)
+        assert scaler.get_scale() == 512.0
+    assert not [record for record in caplog.records if "not finite" in record.getMessage()]

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..losses import logit_distillation, regression_distillation
 from ..losses.carry import carry
-from ..processes import total_of, wrapper_now
+from ..processes import of_all, wrapper_now
 from ..schedule import GATED_PHASES, PHASES, Moment
 
 LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
@@ -308,12 +308,12 @@ class Objective:
 
     def pop_log(self):
         """Means of all noted numbers since the last call, over all processes."""
-        names = list(self._sums)
-        sums = total_of([float(self._sums[name]) for name in names], self.model.device)
-        counts = total_of([self._counts[name] for name in names], self.model.device)
+        noted = of_all({name: (float(self._sums[name]), self._counts[name]) for name in self._sums})
         self._sums.clear()
         self._counts.clear()
-        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
+        names = dict.fromkeys(name for numbers in noted for name in numbers)  # some may not have noted all
+        pairs = {name: [numbers[name] for numbers in noted if name in numbers] for name in names}
+        return {name: sum(total for total, _ in found) / sum(count for _, count in found) for name, found in pairs.items()}
 
 
 def _apart(student, teacher):

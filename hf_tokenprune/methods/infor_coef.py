@@ -299,10 +299,13 @@ class InforCoefObjective(StructuredObjective):
 
     def end_step(self):
         super().end_step()
-        if self.moves:
-            moved, batches = total_of([sum(self.moves), len(self.moves)], self.model.device)
+        if self.config.target_macs is None:
+            return
+        # A process whose batches came out NaN has no moves, but is waited for.
+        moved, batches = total_of([sum(self.moves), len(self.moves)], self.model.device)
+        self.moves = []
+        if batches:
             self._set_offset(self._offset() + moved / batches)
-            self.moves = []
 
     def harden(self):
         if self.moment.phase in ("dense", "static"):
