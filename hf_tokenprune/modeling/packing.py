@@ -22,6 +22,15 @@ from .errors import UnsupportedInputError
 CELLS = 2**24
 
 
+def check_not_empty(batch_size, seq_len):
+    """Raise `UnsupportedInputError` if a padded batch has no place for a token."""
+    if not batch_size * seq_len:
+        raise UnsupportedInputError(
+            f"The batch is empty: {batch_size} sequences of {seq_len} tokens. transformers' layers cannot compute it, packed or "
+            "not. Leave it out, or pass at least one token."
+        )
+
+
 @dataclass
 class PackedBatch:
     """Which token of the padded batch stands where in the packed one.
@@ -53,11 +62,7 @@ class PackedBatch:
     @classmethod
     def from_mask(cls, mask, *, batch_size, seq_len, device):
         """Lay out a padded batch from its 2-D mask `(B, S)` (1 or True = real token), or None for no padding."""
-        if not batch_size * seq_len:
-            raise UnsupportedInputError(
-                f"The batch is empty: {batch_size} sequences of {seq_len} tokens. transformers' layers cannot compute it, packed or "
-                "not. Leave it out, or pass at least one token."
-            )
+        check_not_empty(batch_size, seq_len)
         everything = torch.arange(batch_size * seq_len, device=device)
         samples = list(range(batch_size))
         if mask is None:

@@ -15,7 +15,7 @@ from .architectures import find_encoder, get_layers, reads_only_pooled
 from .attention import ATTENTION, register_attention
 from .calls import Forward, LayerCall, active
 from .errors import ConfigError, UnsupportedInputError
-from .packing import PackedBatch
+from .packing import PackedBatch, check_not_empty
 from .padded import after_attention, before_attention, on_probabilities
 from .selection import SELECTORS
 from .shapes import has_attention, shape_map, sizes_of
@@ -236,6 +236,9 @@ class TokenPruner(nn.Module):
         given = signature(encoder.forward).bind_partial(*args, **kwargs).arguments
         ids = given.get("input_ids")
         is_ids = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
+        words = given.get("inputs_embeds") if ids is None else ids
+        if isinstance(words, torch.Tensor) and words.ndim > 1:
+            check_not_empty(*words.shape[:2])  # some encoders make of it an error of their own, before the first layer
         # Anew in every forward: a model with the same config object may have been detached, or this one come out of a pickle.
         self._use_packed_attention(encoder)
         return_tuple = kwargs.get("return_dict", encoder.config.return_dict) is False
