@@ -263,7 +263,7 @@ class TokenPruneCallback(TrainerCallback):
 
 def _adapters(model):
     """The module that knows of adapters, if the model has any."""
-    has = hasattr(model, "peft_config") or getattr(transformers_model(model), "_hf_peft_config_loaded", False)
+    has = hasattr(model, "peft_config") or hasattr(transformers_model(model), "peft_config")
     return import_module(".integrations.peft", __package__) if has else None
 
 

@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from datasets import Dataset
 from families import build
+from peft import LoraConfig
 from sentence_transformers import (
     CrossEncoder,
     CrossEncoderTrainer,
@@ -383,6 +384,13 @@ def test_a_seq2seq_trainer_that_generates_is_refused_with_the_reason(tmp_path):
     callback = tp.TokenPruneCallback(top())
     with pytest.raises(tp.errors.TrainingError, match="predict_with_generate"):
         hf.Seq2SeqTrainer(build("bert", "ForSequenceClassification"), args, callbacks=[callback])
+
+
+def test_adapters_inside_of_a_sentence_transformer_are_refused(folders, tmp_path):
+    model = embedder(folders)
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(tp.errors.TrainingError, match="saved without a pruner"):
+        trainer_for("embedder", folders, tmp_path, model=model)
 
 
 def test_several_transformers_models_in_one_are_refused():

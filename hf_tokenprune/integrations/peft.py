@@ -278,8 +278,8 @@ def check(model, method):
     """Raise `TrainingError` if this model with adapters cannot be trained by this method."""
     if not isinstance(model, PeftModel):
         raise TrainingError(
-            "The model has adapters that were added by add_adapter, which are saved without a pruner. Use get_peft_model, or "
-            "merge them first."
+            f"The adapters of this {type(model).__name__} (by add_adapter, or in a wrapper) are saved without a pruner. Give the "
+            "Trainer the PeftModel that get_peft_model returns, or merge the adapters first."
         )
     if not _can_prune(type(model.base_model)):
         raise TrainingError(
