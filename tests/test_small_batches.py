@@ -52,7 +52,7 @@ def test_one_token_is_what_the_dense_model_makes_of_it(name):
 
 @pytest.mark.parametrize("name", TEXT)
 def test_a_sample_of_nothing_but_padding_disturbs_nobody(name):
-    """What the dense model makes of it is an average over padding. Here it is some finite answer, and so for a batch of such samples."""
+    """What the dense model makes of it is an average over padding. Here it is some finite answer, as for a batch of such samples."""
     model = build(name, "ForSequenceClassification")
     inputs = make_inputs(name, "", lengths=(7, 0, 1, 4))
     without = {key: value[[0, 2, 3]] for key, value in inputs.items()}
