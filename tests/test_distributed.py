@@ -1,5 +1,6 @@
 """Invariant 10, two processes: DDP changes speed, not results. What torchrun runs is in `distributed_runs.py`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -126,3 +127,14 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(two, step):
     whole, resumed = two("dropout")[0], two(f"dropout {step}")[0]
     assert whole["sizes"] == resumed["sizes"] != DENSE_SIZES
     close(resumed["state"], whole["state"], atol=0)
+
+
+@pytest.mark.skipif(not (HERE.parent / "examples").exists(), reason="needs the checkout")
+def test_throughput_can_be_measured(tmp_path):
+    script = HERE.parent / "examples" / "throughput.py"
+    torchrun(script, "--shape", "2x128", "--rounds", 1, "--steps", 2, "--batch-size", 2, "--output", tmp_path / "ddp.json")
+    report = json.loads((tmp_path / "ddp.json").read_text())
+    assert report["processes"] == 2
+    for name in ("ragged", "equal"):
+        speeds = report["results"][name]["steps_per_second"]
+        assert report["results"][name]["with_over_without"] == pytest.approx(speeds["with"] / speeds["without"])
