@@ -40,7 +40,7 @@ def number(keep):
 
 
 def bins(kept):
-    return lambda rank, n: kept[int((rank + 0.5) / n * len(kept))]
+    return lambda rank, n: kept[(2 * rank + 1) * len(kept) // (2 * n)]
 
 
 class Reference:
@@ -119,17 +119,24 @@ class Reference:
 
     def _survivors(self, rule, row, alive):
         living = alive.nonzero().flatten().tolist()
+        received, protected = self._received(row, living), self._protected(rule, row, living)
+        droppable = sorted((i for i in living if i not in protected), key=lambda i: -received[i])
+        stay = {i for rank, i in enumerate(droppable) if rule.stays(rank, len(droppable)) or (rank == 0 and not protected)}
+        return torch.tensor([i in stay or i in protected for i in range(alive.shape[0])])
+
+    def _received(self, row, living):
+        """The attention that each token of a row gets from the living."""
         received = self.attention[row][:, living].mean((0, 1))
         if self.causal:
             for key in living:
                 sees = [self.seen[row, 0, query].sum() for query in living if self.seen[row, 0, query, key]]
                 received[key] /= sum(1 / count for count in sees)
-        ids = self.ids.reshape(-1, alive.shape[0])[row].tolist() if rule.protected_ids else None
+        return received
+
+    def _protected(self, rule, row, living):
+        ids = self.ids.reshape(-1, self.entered.shape[1])[row].tolist() if rule.protected_ids else None
         kept = living[rule.summary :] if rule.summary < 0 else range(rule.summary)
-        protected = [i for i in living if i in kept or (ids and ids[i] in rule.protected_ids)]
-        droppable = sorted((i for i in living if i not in protected), key=lambda i: -received[i])
-        stay = {i for rank, i in enumerate(droppable) if rule.stays(rank, len(droppable)) or (rank == 0 and not protected)}
-        return torch.tensor([i in stay or i in protected for i in range(alive.shape[0])])
+        return [i for i in living if i in kept or (ids and ids[i] in rule.protected_ids)]
 
 
 def samples_of(inputs):

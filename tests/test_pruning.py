@@ -7,6 +7,8 @@ from families import token_head as one_head
 from reference import DEPTH, Reference, Rule, bins, number, samples_of, share
 
 import hf_tokenprune as tp
+from hf_tokenprune.modeling.packing import PackedBatch
+from hf_tokenprune.modeling.selection import relative_rank
 
 TEXT = [name for name in TEXTS if "ForTokenClassification" in FAMILIES[name].heads]
 SUMMARY = {name: row.summary for name, row in FAMILIES.items()}
@@ -162,6 +164,15 @@ def test_causal_models_take_padding_on_either_side(name, head):
     model = attach(build(name, head), sites)
     right, left = outputs_of(model, inputs), outputs_of(model, padded_left(inputs))
     assert all(torch.allclose(right[key], left[key], rtol=0, atol=1e-5) for key in right)
+
+
+@pytest.mark.parametrize("count", [100, 22, 38, 44, 84, 7])
+def test_a_rank_on_the_edge_of_a_bin_falls_into_the_upper_one_despite_rounding(count):
+    for n in range(1, 200):
+        importance, nobody = -torch.arange(float(n)), torch.zeros(n, dtype=torch.bool)
+        batch = PackedBatch.from_mask(None, batch_size=1, seq_len=n, device="cpu")
+        _, relative = relative_rank(importance, batch, nobody)
+        assert tp.RankBins(count).bin_of(relative).tolist() == [(2 * rank + 1) * count // (2 * n) for rank in range(n)]
 
 
 # Who is never dropped

@@ -139,7 +139,8 @@ class RankBins(Selector):
 
     def bin_of(self, relative):
         """`(T,)` bin of each relative rank."""
-        return (relative * self.bins).long().clamp(max=self.bins - 1)
+        # A rank on the edge of a bin must not fall below it because `relative` is rounded.
+        return ((relative + 5e-7) * self.bins).long().clamp(max=self.bins - 1)
 
     def settings(self):
         return {"bins": self.bins}
