@@ -6,7 +6,6 @@ import re
 import runpy
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -26,6 +25,7 @@ EXAMPLES = {
     "classification": (r"accuracy [\d.]+ at ([\d.]+) of", hf.BertForSequenceClassification, 0.5),
     "ner": (r"accuracy [\d.]+ at ([\d.]+) of", hf.BertForTokenClassification, 0.6),
     "qa": (r"exact [\d.]+ at ([\d.]+) of", hf.BertForQuestionAnswering, 0.6),
+    "lora": (r"accuracy [\d.]+ at ([\d.]+) of", hf.BertForSequenceClassification, 0.6),
     "vit": (r"accuracy [\d.]+ at ([\d.]+) of", hf.ViTForImageClassification, 0.5),
     "embeddings": (r"[\d.]+ of the positives are nearer", hf.BertModel, None),
     "rerank": (r"tokens dropped: [\d.]+ of the pairs in the right order", hf.BertForSequenceClassification, None),
@@ -50,8 +50,6 @@ def run(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_and_saves_a_model_that_drops_tokens(run, capsys, name):
-    if name == "embeddings" and find_spec("hf_tokenprune.integrations") is None:
-        pytest.skip("needs the integration of sentence-transformers")
     output = run(name, "--epochs", "1")
     ending, kind, budget = EXAMPLES[name]
     said = re.search(ending, capsys.readouterr().out)
