@@ -6,6 +6,7 @@ So each checkpoint a Trainer writes can be opened with `AutoModelFor....from_pre
 """
 
 import functools
+import os
 
 import torch
 import transformers
@@ -19,6 +20,7 @@ except ImportError as error:
 from .architectures import transformers_model
 from .errors import ConfigError, UnsupportedModelError
 from .pruner import TokenPruner
+from .saving import all_or_nothing
 from .selection import SELECTORS, Selector
 from .shapes import MOST_LAYERS, check_shapes, cut, replay, restored, settle_config, shape_map, sizes_of
 
@@ -80,12 +82,15 @@ class TokenPruningMixin:
             shorter = range(hidden) if hidden < have else None
             resize(self, heads=[range(n) for n in heads], units=[range(n) for n in units], hidden=shorter)
 
-    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """As `PreTrainedModel.save_pretrained`, with the code that opens the folder beside the weights."""
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, with the code that opens the folder beside the weights, and all or nothing."""
         check_can_be_saved(self)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process and not kwargs.get("push_to_hub"):  # where it is written before the upload
-            self._write_card(save_directory)
+        rest = is_main_process, state_dict, push_to_hub, *args
+        if not is_main_process or push_to_hub or os.path.isfile(save_directory) or kwargs.get("distributed_checkpoint"):
+            return super().save_pretrained(save_directory, *rest, **kwargs)
+        with all_or_nothing(save_directory) as folder:
+            super().save_pretrained(folder, *rest, **kwargs)
+        return self._write_card(save_directory)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         self._write_card(working_dir, repo_id)

@@ -1,0 +1,49 @@
+"""Save a model over another one so that a full disk, or a kill, does not leave a mixture of both."""
+
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+ASIDE = "_saving"  # neither published nor opened
+SHARD = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder):
+    """Write to a folder inside a folder; what was written there takes its place in the outer one once all of it is on the disk.
+
+    Weights of a model saved there before that are no longer part of it go then. If writing fails, the outer folder is as it was.
+
+    Args:
+        folder: where to save; it is made if need be.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with all_or_nothing(folder) as inner:
+        ...         _ = (inner / "config.json").write_text("{}")
+        ...     os.listdir(folder)
+        ['config.json']
+    """
+    folder = Path(folder)
+    inner = folder / ASIDE
+    shutil.rmtree(inner, ignore_errors=True)  # of a process that was killed
+    inner.mkdir(parents=True)
+    try:
+        try:
+            yield inner
+        except Exception as error:
+            error.add_note(f"Nothing was saved: {folder} is as it was before.")
+            raise
+        new = sorted(file.name for file in inner.iterdir())
+        for name in new:
+            os.replace(inner / name, folder / name)
+        stems = {match[1] for match in map(SHARD.fullmatch, new) if match}
+        for file in folder.iterdir():
+            match = SHARD.fullmatch(file.name)
+            if match and match[1] in stems and file.name not in new:
+                file.unlink()
+    finally:
+        shutil.rmtree(inner, ignore_errors=True)
