@@ -90,7 +90,8 @@ class TokenPruningMixin:
             return super().save_pretrained(save_directory, *rest, **kwargs)
         with all_or_nothing(save_directory) as folder:
             super().save_pretrained(folder, *rest, **kwargs)
-        return self._write_card(save_directory)
+        self._write_card(save_directory)
+        return None
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         self._write_card(working_dir, repo_id)
