@@ -246,6 +246,6 @@ def _made(pruning):
 def _plain(pruning):
     if not pruning.get("shapes"):
         return "Without `trust_remote_code` the same call gives the plain class with the same weights, which reads all tokens."
-    if pruning["shapes"].get("restore"):
-        return "Without `trust_remote_code` transformers refuses these weights: no plain config can say what was cut."
-    return "Without `trust_remote_code` the same call gives the plain, smaller model, which reads all tokens."
+    if pruning["shapes"]["dense"] and not pruning["shapes"]["restore"]:  # a plain config says what is left
+        return "Without `trust_remote_code` the same call gives the plain, smaller model, which reads all tokens."
+    return "Without `trust_remote_code` transformers refuses these weights: no plain config can say what was cut."
