@@ -1,11 +1,19 @@
 """Open a folder or Hub id with this package's code; nothing that lies in the folder is executed."""
 
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import ConfigError, UnsupportedInputError, UnsupportedModelError
 from .modeling.modeling_token_pruned import read_config, token_pruned_class
-from .modeling.shapes import MOST_LAYERS, encoder_config
+from .modeling.shapes import MOST_LAYERS
+
+# What configs make lists of, or models modules, before any weight is looked at; under all names that families have for it.
+MOST = {
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_hidden_groups", "inner_group_num"), MOST_LAYERS
+    ),
+    "num_labels": 100_000,
+}
 
 
 def from_pretrained(folder_or_id, **kwargs):
@@ -33,12 +41,8 @@ def from_pretrained(folder_or_id, **kwargs):
             "AutoModelFor....from_pretrained(..., trust_remote_code=True) of transformers."
         )
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if name in kwargs}
+    _check_counts(PreTrainedConfig.get_config_dict(folder_or_id, **hub)[0], folder_or_id)
     config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False, **hub)
-    layers = getattr(encoder_config(config), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise ConfigError(
-            f"The config of {folder_or_id} has num_hidden_layers={layers}; no encoder has more than {MOST_LAYERS}."
-        )
     return open_as(config, folder_or_id, **kwargs)
 
 
@@ -63,3 +67,14 @@ def open_as(config, folder_or_id, **kwargs):
     read_config(settings)
     kwargs.setdefault("use_safetensors", True)  # never saved otherwise, so anything else is not ours
     return token_pruned_class(dense_class).from_pretrained(folder_or_id, config=config, **kwargs)
+
+
+def _check_counts(config, folder_or_id):
+    """Raise `ConfigError` if the config, as it is written, or a part of it asks for more than any model has."""
+    parts = [config]
+    while parts:
+        for name, value in parts.pop().items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif name in MOST and isinstance(value, (int, float)) and value > MOST[name]:
+                raise ConfigError(f"The config of {folder_or_id} has {name}={value}; no encoder has more than {MOST[name]}.")

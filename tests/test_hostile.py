@@ -95,6 +95,10 @@ def bins_model():
     return tp.attach(build("bert", HEAD), {1: selector, 2: tp.TopK(0.5)})
 
 
+def packed(name, head=HEAD):
+    return lambda: tp.pack(build(name, head))
+
+
 def skim_model():
     sampler = tp.Skim(hidden=32, width=4)
     sampler.offset.fill_(0.5)
@@ -253,6 +257,17 @@ REFUSED = {  # how -> model, change, error, what it says
         cut, shapes(layers=[{"layer": 0, "heads": 1, "units": 1}]), "RuntimeError", "size",
     ),
     "a model of layers without end": (bins_model, config(num_hidden_layers=10**8), "ConfigError", "num_hidden_layers"),
+    "layers that a list is made of": (packed("modernbert"), config(num_hidden_layers=10**8), "ConfigError", "num_hidden_layers"),
+    "layers under another name": (packed("distilbert"), config(n_layers=10**8), "ConfigError", "n_layers"),
+    "layers of a part": (
+        packed("siglip", "ForImageClassification"), config(vision_config={"num_hidden_layers": 1e12}),
+        "ConfigError", "num_hidden_layers",
+    ),
+    "groups without end": (packed("albert"), config(num_hidden_groups=10**8), "ConfigError", "num_hidden_groups"),
+    "groups within groups": (packed("albert"), config(inner_group_num=10**8), "ConfigError", "inner_group_num"),
+    "labels without end": (bins_model, config(num_labels=10**8), "ConfigError", "num_labels"),
+    "a vocabulary without end": (bins_model, config(vocab_size=10**12), "RuntimeError", "size"),
+    "positions without end": (bins_model, config(max_position_embeddings=10**12), "RuntimeError", "size"),
     "a model wider than its weights": (bins_model, config(hidden_size=4 * 10**9), "RuntimeError", "size"),
     "a model far wider than its weights": (bins_model, config(hidden_size=40_000, num_attention_heads=40), "RuntimeError", "size"),
     "a model of negative width": (bins_model, config(hidden_size=-32), "Exception", ""),
