@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,14 @@ MAPS = {
     "units": (H, [(layer, A, 20) for layer in range(4)], {"intermediate_size": F}),
     "heads and hidden": (16, [(layer, 2, F) for layer in range(4)], {"hidden_size": H, "num_attention_heads": A}),
 }
+
+
+@pytest.mark.parametrize("without", ["heads", "units"])
+def test_cutting_whole_blocks_warns_of_nothing(without):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        resize(tp.pack(build("bert", HEAD)), **cuts(**{without: [[]] * 4}))
+    assert heard == []
 
 
 @pytest.mark.parametrize("what", MAPS)

@@ -471,11 +471,13 @@ def _shapes(model):
 def _adopt_plain_config(model):
     family, encoder = find_encoder(model, check=False)
     hidden, heads, units = sizes_of(model)
+    if not heads[0] or not units[0]:  # no config says that a block is missing
+        return False
     old = encoder.config
     layers = encoder._cut["layers"]
     wanted = {"num_hidden_layers": len(layers), "hidden_size": hidden}
     attention = get_layers(family, encoder)[0].get_submodule(family.attention)
-    group = _group_size(attention) if heads[0] else 1
+    group = _group_size(attention)
     wanted["num_attention_heads"] = heads[0] * group
     if hasattr(old, "num_key_value_heads"):
         wanted["num_key_value_heads"] = heads[0]
@@ -483,7 +485,7 @@ def _adopt_plain_config(model):
         if hasattr(old, name):
             wanted[name] = units[0]
             break
-    width = head_size(family, get_layers(family, encoder)[0]) // group if heads[0] else 0
+    width = head_size(family, get_layers(family, encoder)[0]) // group
     if (
         hidden != heads[0] * group * width or getattr(old, "head_dim", None) is not None
     ):  # some have a size of their own for this
