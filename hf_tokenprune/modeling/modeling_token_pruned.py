@@ -6,7 +6,7 @@ So each checkpoint a Trainer writes can be opened with `AutoModelFor....from_pre
 """
 
 import functools
-import os
+from pathlib import Path
 
 import torch
 import transformers
@@ -86,7 +86,7 @@ class TokenPruningMixin:
         """As `PreTrainedModel.save_pretrained`, with the code that opens the folder beside the weights, and all or nothing."""
         check_can_be_saved(self)
         rest = is_main_process, state_dict, push_to_hub, *args
-        if not is_main_process or push_to_hub or os.path.isfile(save_directory) or kwargs.get("distributed_checkpoint"):
+        if not is_main_process or push_to_hub or Path(save_directory).is_file() or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, *rest, **kwargs)
         with all_or_nothing(save_directory) as folder:
             super().save_pretrained(folder, *rest, **kwargs)
