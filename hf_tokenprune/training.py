@@ -226,7 +226,8 @@ class TokenPruneCallback(TrainerCallback):
             _forget_best(state)
 
     def on_predict(self, args, state, control, **kwargs):
-        self._pop_shares(False)  # a prediction is no evaluation
+        if self.objective is not None:
+            self._pop_shares(False)  # a prediction is no evaluation
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None

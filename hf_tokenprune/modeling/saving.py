@@ -1,4 +1,4 @@
-"""Save a model over another one so that a full disk, or a kill, does not leave a mixture of both."""
+"""Save a model over another one so that a full disk does not leave a mixture of both. (A kill may, between two renamings.)"""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 ASIDE = "_saving"  # neither published nor opened
+INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -45,5 +46,8 @@ def all_or_nothing(folder):
             match = SHARD.fullmatch(file.name)
             if match and match[1] in stems and file.name not in new:
                 file.unlink()
+        for stem in stems:  # an index of weights that were in several files
+            if f"{stem}{INDEX}" not in new:
+                (folder / f"{stem}{INDEX}").unlink(missing_ok=True)
     finally:
         shutil.rmtree(inner, ignore_errors=True)
