@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from .reporting import report
 from .reporting.samples import read_samples
 from .run import METHODS, make_method, run_script, settings
 from .sample_text import TEXTS
+from .writing import write_file
 
 DESCRIPTION = "Encoders that read fewer tokens layer by layer."
 BENCH = """\
@@ -290,13 +290,7 @@ def _check_writable(path):
 
 
 def _write_json(result, path):
-    """All or nothing: an interrupted run leaves the file as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from .errors import ConfigError
 from .model_card import DATA, FILE, PLOT, code_of, draw, make_card, name_of, read_folder
-from .readme import is_persons, replace, update
+from .readme import is_persons, update
 from .results import read_results
+from .writing import write_file
 
 # What a checkpoint needs to be resumed, pickles, caches and whatever is hidden stay at home.
 LEFT_OUT = [
@@ -117,7 +118,7 @@ def push(
     if not dry_run:
         if text and os.access(folder, os.W_OK):
             for name in (FILE, PLOT) if picture else (FILE,):
-                replace(folder / name, contents[name])
+                write_file(folder / name, contents[name])
         url = online.commit(contents)
     return Publication(repo_id, sizes, text or current, text is None, url)
 

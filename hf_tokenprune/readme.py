@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .model_card import DATA, FILE, PLOT, SECTION, base_of, code_of, draw, fingerprint, make_card, name_of, read_folder
 from .modeling.modeling_token_pruned import TokenPruningMixin
+from .writing import write_file
 
 logger = logging.get_logger(__name__)
 
@@ -102,8 +103,8 @@ def write_card(
     if text is None:
         return False
     if picture:
-        replace(folder / PLOT, picture)
-    replace(file, text.encode())
+        write_file(folder / PLOT, picture)
+    write_file(file, text)
     return True
 
 
@@ -139,13 +140,3 @@ def _with(card, data, text):
 
 def _list(value):
     return [value] if isinstance(value, str) else list(value or ())
-
-
-def replace(file, content):
-    """Write a file, all or nothing."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

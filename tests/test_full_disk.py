@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 import hf_tokenprune as tp
 from hf_tokenprune.cli import _write_json
-from hf_tokenprune.readme import replace
+from hf_tokenprune.writing import write_file
 
 HEAD = "ForSequenceClassification"
 STEPS, FULL = 12, 6  # of a run that saves every second step; it finds the disk full after the checkpoint of step 6
@@ -107,7 +107,7 @@ def write_over(disk):
     report = {}
     for name, write in (
         ("json", lambda file, text: _write_json({"text": text}, file)),
-        ("card", lambda file, text: replace(file, text.encode())),
+        ("card", lambda file, text: write_file(file, text.encode())),
     ):
         file = disk.root / name
         write(file, "before")

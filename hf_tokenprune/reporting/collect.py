@@ -15,6 +15,7 @@ from ..cost import Cost, CostMeter, dense_layer_shapes, trace_macs
 from ..depth import Grid, Token, legend
 from ..modeling.modeling_token_pruned import pack
 from ..modeling.shapes import shape_map, sizes_of
+from ..writing import write_file
 from .history import find_log, read_results
 from .page import render
 from .plots import check_matplotlib, save_plots
@@ -94,13 +95,7 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the page to a file, all or nothing."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(self.html(), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(Path(path), self.html())
 
     def save_plots(self, folder: str | os.PathLike) -> list[Path]:
         """Write each plot as PNG and as SVG to a folder, which is made if need be, and return the files."""
