@@ -138,12 +138,14 @@ def packed_attention(
     # `split`, not slices: its gradient is one concatenation, where each slice's would be a tensor of the whole batch.
     sizes = [sum(lengths) for _, lengths in bundles]
     ask = sizes if asking is None else [len(lengths) for _, lengths in bundles]
-    queries, places, positions = query[0].transpose(0, 1), batch.places, batch.positions
-    if asking is not None:
-        queries, places, positions = queries[asking], places[asking], positions[asking]
+    queries = query[0].transpose(0, 1)
+    queries = queries if asking is None else queries[asking]
     pieces = zip(queries.split(ask), *(x[0].transpose(0, 1).split(sizes) for x in (key, value)), strict=True)
     weights = [None] * len(sizes) if batch.weights is None else batch.weights.split(sizes)
-    where = zip(places.split(ask), positions.split(ask), batch.positions.split(sizes), strict=True)
+    where = [(None, None, None)] * len(sizes)
+    if causal or window is not None:
+        of_askers = (x if asking is None else x[asking] for x in (batch.places, batch.positions))
+        where = zip(*(x.split(ask) for x in of_askers), batch.positions.split(sizes), strict=True)
     contexts, received = [], []
     for (_, lengths), (q, k, v), weight, (place, here, there) in zip(bundles, pieces, weights, where, strict=True):
         count, length = len(lengths), max(lengths)
