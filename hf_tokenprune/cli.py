@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .bench import DTYPES, bench, read_texts
+from .bench import DTYPES, bench
 from .errors import ConfigError, TokenPruneError
 from .explain import explain
 from .publish import push
@@ -16,6 +16,7 @@ from .reporting import report
 from .reporting.samples import read_samples
 from .run import METHODS, make_method, run_script, settings
 from .sample_text import TEXTS
+from .subject import read_texts
 from .writing import write_file
 
 DESCRIPTION = "Encoders that read fewer tokens layer by layer."

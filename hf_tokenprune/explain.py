@@ -4,11 +4,11 @@ import os
 
 from rich.text import Text
 
-from .bench import _open
 from .depth import legend
 from .modeling.modeling_token_pruned import pack
 from .reporting.samples import Texts
 from .reporting.shades import shades
+from .subject import open_model
 
 BAR = 40
 SMALL = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -32,7 +32,7 @@ def explain(
         ConfigError: the folder lacks the model or the tokenizer, or `max_length` makes no sense.
         UnsupportedModelError: the model cannot be packed, or does not read one sequence of text at a time.
     """
-    model = pack(_open(folder).eval())
+    model = pack(open_model(folder).eval())
     found, (tokens,) = next(Texts(model, [text], os.fspath(folder), max_length).depths())
     papers, inks = zip(*shades(found.layers + 1), strict=True)
     drawn = Text()

@@ -28,7 +28,7 @@ LAYERS = (
 )
 LEAVES = {
     "__main__", "bench", "cli", "explain", "integrations", "model_card", "publish", "readme", "reporting", "results", "run",
-    "sample_text", "trainer_card",
+    "sample_text", "subject", "trainer_card",
 }  # fmt: skip
 MAY_IMPORT_LEAVES = {"training", *LEAVES}
 SHIPPED_CODE_MAY_IMPORT = {"torch", "transformers", *sys.stdlib_module_names}

@@ -11,8 +11,9 @@ from families import build
 import hf_tokenprune as tp
 from hf_tokenprune import bench as benching
 from hf_tokenprune import cli, cost
-from hf_tokenprune.bench import CONTENDERS, bench, read_texts
+from hf_tokenprune.bench import CONTENDERS, bench
 from hf_tokenprune.sample_text import TEXTS
+from hf_tokenprune.subject import read_texts
 
 WORDS = ["a", "the", "cat", "dog", "sat", "ran", "on", "under", "red", "old", "mat", "and", "then", "home"]
 SENTENCES = ["the cat sat", "the old dog ran home and then the cat ran", "a mat", "the red cat sat on the mat", "home"]
@@ -155,7 +156,7 @@ def test_contenders_take_turns_and_medians_are_taken(monkeypatch):
 def test_contenders_share_weights_and_give_the_outputs_they_should():
     model = pruned_model()
     tokenizer = make_tokenizer()
-    models = benching._contenders(model)
+    models = benching.contenders(model)
     batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     dense = build("bert", "ForSequenceClassification")
     with torch.no_grad():
@@ -180,7 +181,7 @@ def test_a_family_that_computes_its_attention_itself_is_measured(name):
 def test_the_unmodified_contender_uses_sdpa():
     model = build("bert", "ForSequenceClassification")
     model.set_attn_implementation("eager")
-    assert benching._contenders(tp.pack(model))["hf_padded"].config._attn_implementation == "sdpa"
+    assert benching.contenders(tp.pack(model))["hf_padded"].config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

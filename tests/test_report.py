@@ -170,7 +170,7 @@ def test_layers_are_timed_by_the_clock_around_them(monkeypatch):
         ticks.append(model)
         return next(clock) / 1000
 
-    monkeypatch.setattr(timing, "_now", now)
+    monkeypatch.setattr(timing, "now", now)
     models = {"one": pruned_model(), "two": tp.pack(build("bert", "ForSequenceClassification"))}
     inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
     times = timing.layer_times(models, inputs, 3)
@@ -313,7 +313,7 @@ def test_results_give_a_plot_and_the_log_of_their_own_model(folders, tmp_path):
 )
 def test_a_file_that_is_no_result_is_refused_before_anything_runs(tmp_path, monkeypatch, content):
     (tmp_path / "bad.json").write_text(content)
-    monkeypatch.setattr(collect, "_copy", None)
+    monkeypatch.setattr(collect, "copy_of", None)
     with pytest.raises(tp.errors.ConfigError, match=r"bad\.json"):
         tp.report(pruned_model(), SENTENCES, tokenizer=make_tokenizer(), results=[tmp_path / "bad.json"])
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import hf_tokenprune as tp
-from hf_tokenprune.bench import bench, cpu_name
+from hf_tokenprune.bench import bench
+from hf_tokenprune.subject import cpu_name
 
 
 def parse(arguments=None):

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bench import _check_numbers, _contenders, _copy, _open, _versions, cpu_name
 from ..cost import Cost, CostMeter, dense_layer_shapes, trace_macs
 from ..depth import Grid, Token, legend
 from ..modeling.modeling_token_pruned import pack
 from ..modeling.shapes import shape_map, sizes_of
+from ..subject import check_numbers, contenders, copy_of, cpu_name, open_model, versions
 from ..writing import write_file
 from .history import find_log, read_results
 from .page import render
@@ -140,11 +140,11 @@ def report(
         >>> report("pruned", ["The house was sold yesterday."]).save("report.html")  # doctest: +SKIP
     """
     check_matplotlib()
-    _check_numbers(repeats=[repeats])
+    check_numbers(repeats=[repeats])
     folder = None if isinstance(folder_or_model, nn.Module) else Path(folder_or_model)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     runs = read_results(results)
-    model = _copy(folder_or_model, share_weights=True) if folder is None else _open(folder)
+    model = copy_of(folder_or_model, share_weights=True) if folder is None else open_model(folder)
     log = find_log(folder, log_history, runs)
     model = pack(model.eval())
     if model.main_input_name == "pixel_values":
@@ -162,7 +162,7 @@ def report(
         spent.add(trace_macs(model))
         dense_spent.add(_packed_macs(dense_shapes, model.token_pruner))
 
-    models = {name: made for name, made in _contenders(model).items() if name in ("packed_dense", "pruned")}
+    models = {name: made for name, made in contenders(model).items() if name in ("packed_dense", "pruned")}
     ours, dense = list(models)[-1], "packed_dense"
     times = layer_times(models, source.batch(), repeats)
     timed = len(source.timed)
@@ -185,7 +185,7 @@ def report(
             "dtype": str(model.dtype).removeprefix("torch."),
             "timed": timed,
             "repeats": repeats,
-            "versions": _versions(),
+            "versions": versions(),
         },
         log=log,
         results=[run for _, run in runs],

@@ -4,24 +4,24 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor, DataCollatorWithPadding
 
-from ..bench import _are_pairs, _check_length, _check_reads_text, _open_tokenizer, _tokenise, read_texts
 from ..depth import BATCH, image_depths, text_depths
 from ..errors import ConfigError
+from ..subject import are_pairs, check_length, check_reads_text, open_tokenizer, read_texts, tokenise
 
 
 class Texts:
     """Texts or pairs of texts, and the tokenizer that the model reads them with."""
 
     def __init__(self, model, texts, tokenizer, max_length):
-        _check_reads_text(model)
-        pairs = _are_pairs(texts)
+        check_reads_text(model)
+        pairs = are_pairs(texts)
         if isinstance(tokenizer, (str, Path)):
-            tokenizer = _open_tokenizer(tokenizer)
+            tokenizer = open_tokenizer(tokenizer)
         if tokenizer is None:
             raise ConfigError("A model in memory needs its tokenizer: report(model, texts, tokenizer=tokenizer).")
         self.model, self.texts, self.tokenizer = model, list(texts), tokenizer
-        self.max_length = _check_length(max_length, model, tokenizer, pairs)
-        self.timed = _tokenise(tokenizer, self.texts[:BATCH], pairs, self.max_length)
+        self.max_length = check_length(max_length, model, tokenizer, pairs)
+        self.timed = tokenise(tokenizer, self.texts[:BATCH], pairs, self.max_length)
 
     def depths(self):
         """Batch by batch `(TokenDepths, samples)`, right after the model has run."""
@@ -57,7 +57,7 @@ class Images:
 
 
 def read_samples(path: Path, columns: list[str], limit: int) -> list:
-    """The lines of a .txt file that are not empty, or what `bench.read_texts` reads."""
+    """The lines of a .txt file that are not empty, or what `subject.read_texts` reads."""
     if path.suffix != ".txt":
         return read_texts(path, columns, limit=limit)
     if columns:

@@ -2,13 +2,13 @@
 
 import contextlib
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ..modeling.architectures import find_encoder, get_layers
+from ..subject import now
 
 
 def layer_times(
@@ -49,9 +49,9 @@ def _run(model, inputs):
     """`(milliseconds per layer, milliseconds of the rest)` of one forward."""
     starts, ends = [], []
     with _clocks(model, starts, ends):
-        start = _now(model)
+        start = now(model)
         model(**inputs)
-        end = _now(model)
+        end = now(model)
     layers = [1000 * (b - a) for a, b in zip(starts, ends, strict=True)]
     return layers, 1000 * (end - start) - sum(layers)
 
@@ -61,16 +61,10 @@ def _clocks(model, starts, ends):
     """Within this context each call of a layer adds when it began and when it ended."""
     handles = []
     for layer in dict.fromkeys(get_layers(*find_encoder(model))):
-        handles.append(layer.register_forward_pre_hook(lambda *_: starts.append(_now(model)), prepend=True))
-        handles.append(layer.register_forward_hook(lambda *_: ends.append(_now(model))))
+        handles.append(layer.register_forward_pre_hook(lambda *_: starts.append(now(model)), prepend=True))
+        handles.append(layer.register_forward_hook(lambda *_: ends.append(now(model))))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _now(model):
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
