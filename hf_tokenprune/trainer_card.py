@@ -19,21 +19,23 @@ from .readme import describe, is_persons
 logger = logging.get_logger(__name__)
 
 
-def current_trainer():
-    """The Trainer that is calling a callback right now, None if it is none of transformers'. Callbacks are not told."""
-    from transformers import Trainer  # inference has no need of it
-
+def calling(kind):
+    """The nearest object of a kind that is running a method right now in which the caller was called, or None. Callbacks are not
+    told which Trainer, or which handler, calls them."""
     frame = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals.get("self")
-        if isinstance(found, Trainer):
+        if isinstance(found, kind):
             return found
         frame = frame.f_back
     return None
 
 
-def follow(trainer):
-    """Let a Trainer's model cards say what this package knows of the model that it has by then."""
+def follow():
+    """Let the model cards of the Trainer that is calling a callback say what this package knows of the model that it has by then."""
+    from transformers import Trainer  # inference has no need of it
+
+    trainer = calling(Trainer)
     if trainer is not None and "create_model_card" not in vars(trainer):
         trainer.create_model_card = functools.partial(_create, trainer, trainer.create_model_card)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 from importlib import import_module
 
 from accelerate.utils import parse_flag_from_env
@@ -20,7 +19,7 @@ from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, 
 from .processes import total_of
 from .results import evaluation_of_log
 from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
-from .trainer_card import complete, current_trainer, follow
+from .trainer_card import calling, complete, follow
 
 logger = logging.get_logger(__name__)
 
@@ -108,7 +107,7 @@ class TokenPruneCallback(TrainerCallback):
             self.attach(model)
         if optimizer is not None:
             self.watch = model.register_load_state_dict_post_hook(functools.partial(_forget_what_is_gone, optimizer))
-        follow(current_trainer())
+        follow()
         _log_first(self)
         with args.main_process_first(local=False):
             for folder in set_aside_incomplete(args.output_dir) if args.process_index == 0 else ():
@@ -358,7 +357,7 @@ def _log_first(callback):
 
     The list is found in the handler that is calling right now; where it is another kind of handler, the order stays.
     """
-    handler = sys._getframe(2).f_locals.get("self")
-    if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+    handler = calling(CallbackHandler)
+    if handler is not None and callback in handler.callbacks:
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)
