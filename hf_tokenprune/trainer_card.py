@@ -6,7 +6,6 @@ on that one Trainer.
 """
 
 import functools
-import sys
 from pathlib import Path
 
 from transformers.dynamic_module_utils import custom_object_save
@@ -19,24 +18,9 @@ from .readme import describe, is_persons
 logger = logging.get_logger(__name__)
 
 
-def calling(kind):
-    """The nearest object of a kind that is running a method right now in which the caller was called, or None. Callbacks are not
-    told which Trainer, or which handler, calls them."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, kind):
-            return found
-        frame = frame.f_back
-    return None
-
-
-def follow():
-    """Let the model cards of the Trainer that is calling a callback say what this package knows of the model that it has by then."""
-    from transformers import Trainer  # inference has no need of it
-
-    trainer = calling(Trainer)
-    if trainer is not None and "create_model_card" not in vars(trainer):
+def follow(trainer):
+    """Let a Trainer's model cards say what this package knows of the model that it has by then."""
+    if "create_model_card" not in vars(trainer):
         trainer.create_model_card = functools.partial(_create, trainer, trainer.create_model_card)
 
 

@@ -2,15 +2,16 @@
 
 import contextlib
 import functools
+import sys
 from importlib import import_module
 
 from accelerate.utils import parse_flag_from_env
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
-from .checkpoints import set_aside_incomplete
+from .checkpoints import resume_complete
 from .cost import CostMeter
 from .errors import TokenPruneError, TrainingError
 from .integrations import sentence_transformers
@@ -19,7 +20,7 @@ from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, 
 from .processes import total_of
 from .results import evaluation_of_log
 from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
-from .trainer_card import calling, complete, follow
+from .trainer_card import complete, follow
 
 logger = logging.get_logger(__name__)
 
@@ -107,14 +108,11 @@ class TokenPruneCallback(TrainerCallback):
             self.attach(model)
         if optimizer is not None:
             self.watch = model.register_load_state_dict_post_hook(functools.partial(_forget_what_is_gone, optimizer))
-        follow()
+        trainer = _calling(Trainer)
+        if trainer is not None:
+            follow(trainer)
+            resume_complete(trainer)
         _log_first(self)
-        with args.main_process_first(local=False):
-            for folder in set_aside_incomplete(args.output_dir) if args.process_index == 0 else ():
-                logger.warning(
-                    f"The run in {args.output_dir} was interrupted while it saved a checkpoint. What there is of it has been renamed "
-                    f"to {folder.name}, so that resume_from_checkpoint=True takes the last complete one. It may be deleted."
-                )
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.model is None or model is not self.model:
@@ -165,6 +163,7 @@ class TokenPruneCallback(TrainerCallback):
             if args.should_save:
                 self.objective.teacher_number = save_teacher(self.objective.teacher, args.output_dir)
         self.objective.moment = self.method.schedule.at(step, self.total)
+        self.objective.begin_step()
         self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -352,12 +351,24 @@ def _scaler_of(optimizer):
     return scaler if scaler is not None and scaler.is_enabled() else None
 
 
+def _calling(kind):
+    """The nearest object of a kind that is running a method right now in which the caller was called, or None. Callbacks are not
+    told which Trainer, or which handler, calls them."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, kind):
+            return found
+        frame = frame.f_back
+    return None
+
+
 def _log_first(callback):
     """Move a callback to the front of the Trainer's list, so that what it adds to the logs reaches TensorBoard, W&B and all others.
 
     The list is found in the handler that is calling right now; where it is another kind of handler, the order stays.
     """
-    handler = calling(CallbackHandler)
+    handler = _calling(CallbackHandler)
     if handler is not None and callback in handler.callbacks:
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)

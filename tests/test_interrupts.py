@@ -68,10 +68,22 @@ def checkpoints(folder):
 
 def resume(folder, name):
     """As a script does that is simply started again."""
+    resumes = get_last_checkpoint(folder) is not None
     trainer = trainer_of(folder, name)
-    last = get_last_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=last is not None)
-    return trainer, 0 if last is None else int(last.rpartition("-")[2])
+    begun = []
+    trainer.add_callback(Begin(begun))
+    trainer.train(resume_from_checkpoint=resumes)
+    return trainer, begun[0]
+
+
+class Begin(TrainerCallback):
+    """Notes at which step training begins."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_begin(self, _args, state, _control, **_):
+        self.steps.append(state.global_step)
 
 
 def assert_resumes_exactly(folder, name, whole, caplog):
@@ -237,6 +249,19 @@ def test_half_a_checkpoint_is_set_aside(run_folder, tmp_path, damage):
     assert {path.name: path.read_bytes() for path in (folder / "_incomplete-checkpoint-12").iterdir()} == kept
     assert (folder / "checkpoint-10").exists()
     assert set_aside_incomplete(folder) == []
+
+
+def test_only_a_run_that_resumes_touches_checkpoints(run_folder, tmp_path):
+    """Another one may be writing them."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    DAMAGES["no state"](folder / "checkpoint-12")
+    before = sorted(path.name for path in folder.iterdir())
+    trainer = trainer_of(folder, "tokens")
+    trainer.evaluate()
+    with pytest.raises(FileNotFoundError):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-12"))  # as it was asked for
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_whole_checkpoints_and_other_folders_stay(run_folder, tmp_path):

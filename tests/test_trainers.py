@@ -300,6 +300,24 @@ def test_the_forwards_of_a_step_have_the_same_gates(folders, tmp_path):
     same_state(*ways)
 
 
+def test_a_gradient_cached_loss_repeats_its_forwards_exactly(folders, tmp_path):
+    """With dropout, and from the first mini-batch of each step on: nothing else is drawn at random inside of what is repeated."""
+    model = embedder(folders)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    method = top(schedule=tp.Schedule(dense=0, anneal=1, settle=0), teacher=None)
+    trainer = trainer_for("embedder, cached", folders, tmp_path, method, model=model, max_steps=2, logging_strategy="no")
+    found = {False: [], True: []}
+    model.register_forward_hook(
+        lambda _module, _args, output: found[torch.is_grad_enabled()].append(output["sentence_embedding"].detach())
+    )
+    trainer.train()
+    assert len(found[False]) == len(found[True]) == 2 * 3 * 2  # steps, columns, mini-batches
+    for first, again in zip(found[False], found[True], strict=True):
+        assert torch.equal(first, again)
+
+
 @pytest.mark.parametrize("row", ["embedder", "sparse"])
 def test_the_teacher_teaches_the_embedding(folders, row):
     """What is compared is what the modules after the transformers model make of its output; without gradients of their own."""

@@ -99,6 +99,10 @@ class Objective:
     def close_gates(self):
         """Take them away when training is over or the phase has ended."""
 
+    def begin_step(self):
+        """An optimizer step begins, before any forward: a loss that runs each forward twice, with the same random numbers
+        (gradient caching), must not find that the first time some more were drawn."""
+
     def end_step(self):
         """An optimizer step is over: bring together what all micro-batches and processes have seen in it."""
 

@@ -228,6 +228,10 @@ class BudgetedGates:
             low, high = tried[max(fits - 1, 0)].item(), tried[min(fits, self.TRIED - 1)].item()
         return low
 
+    def begin_step(self):
+        """Draw the noise of an optimizer step."""
+        self.noise = None if self.measuring else agreed(torch.rand_like(self.state.start))
+
     def open(self):
         """Put gates in force for one forward in training."""
         if self.measuring:
@@ -241,8 +245,8 @@ class BudgetedGates:
             self.now = log_alpha = self.log_alpha()
             if self.projected and log_alpha.requires_grad:
                 log_alpha.register_hook(self._along_budget(log_alpha.detach()))
-            if self.noise is None:
-                self.noise = agreed(torch.rand_like(self.state.start))
+            if self.noise is None:  # nobody has said that a step begins
+                self.begin_step()
             gates = sample_hard_concrete(log_alpha, noise=self.noise)
         alive = {}
         for part, piece in zip(self.parts, gates.split(self.sizes), strict=True):

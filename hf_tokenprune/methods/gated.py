@@ -154,6 +154,11 @@ class GatedObjective(Objective):
         more = (seen.samples, seen.droppable, seen.squares)
         self.observed = [a + b for a, b in zip(self.observed, more, strict=True)]
 
+    def begin_step(self):
+        if self.moment.phase == self.gated_phase:
+            self._tell_time()
+            self.gates.begin_step()
+
     def end_step(self):
         if self.moment.phase != "settle":
             counts = self.gates.state.lengths
