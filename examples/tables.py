@@ -64,6 +64,18 @@ def cutting(report):
     return markdown(rows)
 
 
+def ddp(report):
+    """What `examples/throughput.py` measured."""
+    rows = [["texts of a batch", "steps per second without the callback", "with it", "ratio"]]
+    for name, row in report["results"].items():
+        per_second = row["steps_per_second"]
+        low, high = report["lengths"][name]
+        lengths = f"{low} tokens each" if low == high else f"{low} to {high} tokens"
+        cells = (per_second["without"], per_second["with"], row["with_over_without"])
+        rows.append([lengths, *(f"{cell:.2f}" for cell in cells[:2]), f"{cells[2]:.2f} x"])
+    return markdown(rows)
+
+
 HEADS = {  # columns of README's table, by the endings of class names
     "base": ("Model", "VisionModel"),
     "sequence": ("ForSequenceClassification",),
@@ -105,7 +117,8 @@ def read(name):
 TABLES = {
     "demo": lambda: demo(read("demo")),
     "speed": lambda: speed(read("speed")),
-    "cutting": lambda: cutting(read("speed-cut")),
+    "ddp": lambda: ddp(read("ddp")),
+    "cutting": lambda: cutting(read("speed")),
     "benchmark": benchmark,
     "families": families,
 }
