@@ -13,13 +13,12 @@ from .errors import ConfigError, TokenPruneError
 from .explain import explain
 from .publish import push
 from .reporting import report
-from .reporting.samples import read_samples
 from .run import METHODS, make_method, run_script, settings
 from .sample_text import TEXTS
 from .subject import read_texts
 from .writing import write_file
 
-DESCRIPTION = "Encoders that read fewer tokens layer by layer."
+DESCRIPTION = "Faster transformer encoders: tokens dropped layer by layer, weights cut out."
 BENCH = """\
 Measure a model on this machine, on real text. Four contenders, made from the same weights, take turns on every batch:
 
@@ -37,7 +36,7 @@ Optimizer states and pickles of a checkpoint stay at home. A README.md that you 
 EXAMPLES = """\
 examples:
   hf-tokenprune bench pruned
-  hf-tokenprune bench pruned --data stsb/validation.parquet --columns sentence1 sentence2 --json bench.json
+  hf-tokenprune bench pruned --texts stsb/validation.parquet --columns sentence1 sentence2 --json bench.json
 """
 REPORT = """\
 Write one HTML page about a model: every token of some texts in the colour of how deep it lived, tokens, MACs and milliseconds of
@@ -58,7 +57,9 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own) and return the exit status: 0, or 1 after a line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.command.error(f"unknown: {shlex.join(unknown)}")
     try:
         arguments.run(arguments, shlex.join(["hf-tokenprune", *argv]))
     except (TokenPruneError, OSError) as error:
@@ -67,10 +68,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is what --help is for."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help shows what is known)\n")
+
+
+def _count(text):
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def _add_texts(add):
+    add("--texts", metavar="FILE", help="a .txt file, a text a line, or .parquet, .csv, .jsonl (default: built-in sample text)")
+    add("--columns", metavar="NAME", nargs="+", default=[], help="its column with texts, or two columns for pairs")
+    add("--max-length", metavar="N", type=_count, help="cut texts to N tokens (default: 128, or what the model can read)")
+
+
+def _texts(arguments):
+    if arguments.texts:
+        return read_texts(arguments.texts, arguments.columns, limit=arguments.limit)
+    if arguments.columns:
+        raise ConfigError("--columns names columns of --texts, which is missing.")
+    return list(TEXTS[: arguments.limit])
+
+
 def _parser():
-    parser = argparse.ArgumentParser(prog="hf-tokenprune", description=DESCRIPTION)
+    parser = _Parser(prog="hf-tokenprune", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_bench(commands)
+    _add_report(commands)
+    _add_explain(commands)
+    _add_run(commands)
+    _add_push(commands)
+    return parser
+
+
+def _add_bench(commands):
     command = commands.add_parser(
         "bench",
         help="measure a model's speed and MACs against its unmodified self",
@@ -80,165 +118,21 @@ def _parser():
     )
     add = command.add_argument
     add("folder", metavar="FOLDER", help="a saved model (token-pruned or plain transformers) with its tokenizer")
-    add("--data", metavar="FILE", help="texts: a .parquet, .csv or .jsonl file (default: built-in sample text)")
-    add("--columns", metavar="NAME", nargs="+", default=[], help="its column with texts, or two columns for pairs")
-    add("--limit", metavar="N", type=int, default=256, help="use the first N texts (default: %(default)s)")
-    add("--batch-sizes", metavar="N", type=int, nargs="+", default=[1, 32], help="texts per batch (default: 1 32)")
-    add("--max-length", metavar="N", type=int, help="cut texts to N tokens (default: 128, or what the model can read)")
-    add("--threads", metavar="N", type=int, help="CPU threads (default: what torch uses)")
-    add("--repeats", metavar="N", type=int, default=5, help="measurements of each batch (default: %(default)s)")
+    _add_texts(add)
+    add("--limit", metavar="N", type=_count, default=256, help="use the first N texts (default: %(default)s)")
+    add("--batch-sizes", metavar="N", type=_count, nargs="+", default=[1, 32], help="texts per batch (default: 1 32)")
+    add("--threads", metavar="N", type=_count, help="CPU threads (default: what torch uses)")
+    add("--repeats", metavar="N", type=_count, default=5, help="measurements of each batch (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="number format (default: that of the saved weights)")
     add("--device", default="cpu", help="where to run: cpu, cuda, ... (default: %(default)s)")
     add("--json", metavar="FILE", help="also write everything that was measured to this file")
-    command.set_defaults(run=_bench)
-    _add_report(commands)
-    _add_explain(commands)
-    _add_run(commands)
-    _add_push(commands)
-    return parser
-
-
-def _add_report(commands):
-    command = commands.add_parser(
-        "report",
-        help="write a page that shows how deep tokens live and what each layer costs",
-        description=REPORT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = command.add_argument
-    add("folder", metavar="FOLDER", help="a saved model with its tokenizer or image processor")
-    add("--texts", metavar="FILE", help="a .txt file, a text a line, or .parquet, .csv, .jsonl (default: built-in sample text)")
-    add("--columns", metavar="NAME", nargs="+", default=[], help="its column with texts, or two columns for pairs")
-    add("--images", metavar="FILE", nargs="+", help="image files, for a model that reads pixels")
-    add("--limit", metavar="N", type=int, default=100, help="use the first N texts or images (default: %(default)s)")
-    add("--max-length", metavar="N", type=int, help="cut texts to N tokens (default: 128, or what the model can read)")
-    add("--repeats", metavar="N", type=int, default=3, help="measurements of the layers (default: %(default)s)")
-    add("--results", metavar="JSON", nargs="+", default=[], help="benchmark results to plot score against MACs")
-    add("--plots", metavar="FOLDER", help="also write each plot as PNG and SVG to this folder")
-    add("-o", "--output", metavar="FILE", default="report.html", help="the page (default: %(default)s)")
-    command.set_defaults(run=_report)
-
-
-def _report(arguments, command):
-    if arguments.limit < 1:
-        raise ConfigError(f"--limit must be a whole number from 1, not {arguments.limit}.")
-    if arguments.images and arguments.texts:
-        raise ConfigError("--texts and --images cannot both be given: a model reads one of them.")
-    if arguments.columns and not arguments.texts:
-        raise ConfigError("--columns names columns of --texts, which is missing.")
-    _check_writable(Path(arguments.output))
-    if arguments.images:
-        samples = [_read_image(file) for file in arguments.images[: arguments.limit]]
-    elif arguments.texts:
-        samples = read_samples(Path(arguments.texts), arguments.columns, arguments.limit)
-    else:
-        samples = list(TEXTS[: arguments.limit])
-    found = report(
-        arguments.folder, samples, max_length=arguments.max_length, repeats=arguments.repeats, results=arguments.results
-    )
-    if arguments.plots:
-        found.save_plots(arguments.plots)
-    found.save(arguments.output)
-    print(
-        f"{arguments.output}: {len(found.samples)} {'images' if arguments.images else 'texts'}, {len(found.model.macs)} layers"
-    )
-
-
-def _read_image(file):
-    from PIL import Image
-
-    with Image.open(file) as image:  # an OSError says what is wrong
-        return image.convert("RGB")
-
-
-def _add_explain(commands):
-    command = commands.add_parser(
-        "explain",
-        help="print a text with each token in the colour of how deep it lived",
-        description="Print a text, each token with the layer in which it was dropped, in colour where the terminal has any.",
-    )
-    add = command.add_argument
-    add("folder", metavar="FOLDER", help="a saved model with its tokenizer")
-    add("text", metavar="TEXT", nargs="+", help="a text, or two for a model that reads pairs")
-    add("--max-length", metavar="N", type=int, help="cut the text to N tokens (default: 128, or what the model can read)")
-    command.set_defaults(run=_explain)
-
-
-def _explain(arguments, command):
-    from rich.console import Console
-
-    if len(arguments.text) > 2:
-        raise ConfigError(f"{len(arguments.text)} texts were given; give one, or two for a model that reads pairs. Quote them.")
-    text = arguments.text[0] if len(arguments.text) == 1 else tuple(arguments.text)
-    console = Console(highlight=False)
-    ascii_only = not console.encoding.startswith("utf")
-    console.print(explain(arguments.folder, text, max_length=arguments.max_length, ascii_only=ascii_only))
-
-
-def _add_run(commands):
-    command = commands.add_parser(
-        "run",
-        help="run a training script unchanged, and prune the model that it trains",
-        usage="hf-tokenprune run [--method METHOD] [OPTIONS] [--] SCRIPT [ARGUMENTS ...]",
-        description=RUN,
-        epilog=RUN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # the script's options are not ours
-    )
-    add = command.add_argument
-    add("--method", default="top", help=f"{', '.join(METHODS)} (default: %(default)s)")
-    for name, text in settings().items():
-        add(f"--{name.replace('_', '-')}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-    add("script", metavar="SCRIPT", nargs=argparse.REMAINDER, help="a Python file, and its own arguments")
-    command.set_defaults(run=_run)
-
-
-def _run(arguments, command):
-    given = {name: getattr(arguments, name) for name in settings() if hasattr(arguments, name)}
-    script, *own = arguments.script[arguments.script[:1] == ["--"] :] or [None]
-    if script is None:
-        raise ConfigError("There is no script to run: hf-tokenprune run --target-macs 0.4 -- SCRIPT, for instance.")
-    run_script(script, own, make_method(arguments.method, given))
-
-
-def _add_push(commands):
-    command = commands.add_parser("push", help="publish a saved model on the Hub, with its model card", description=PUSH)
-    add = command.add_argument
-    add("folder", metavar="FOLDER", help="a saved token-pruned model")
-    add("repo_id", metavar="USER/NAME", help="the repository, which is made if there is none")
-    add("--private", action="store_true", default=None, help="make it private; a public one that exists is refused")
-    add("--revision", metavar="BRANCH", help="commit to this branch, which is made if there is none (default: main)")
-    add("--results", metavar="FILE", nargs="+", default=[], help="JSON of `bench --json` or of a benchmark run, for the card")
-    add("--license", metavar="NAME", help="licence of the weights, as the Hub names it (default: what README.md says)")
-    add("--dry-run", action="store_true", help="only show the files and the card")
-    command.set_defaults(run=_push)
-
-
-def _push(arguments, command):
-    names = ("private", "revision", "results", "license", "dry_run")
-    found = push(arguments.folder, arguments.repo_id, **{name: getattr(arguments, name) for name in names})
-    if found.url is None:
-        print(f"{found.card}\n\nWould be published as {found.repo_id}, in one commit:")
-    for name, size in found.files.items():
-        print(f"{size:12,}  {name}")
-    print(f"{sum(found.files.values()):12,}  bytes in all")
-    if found.card_is_theirs:
-        print("README.md was written by hand, so it is published as it is.")
-    if found.url is not None:
-        print(found.url)
+    command.set_defaults(run=_bench, command=command)
 
 
 def _bench(arguments, command):
-    if arguments.limit < 1:
-        raise ConfigError(f"--limit must be a whole number from 1, not {arguments.limit}.")
-    if bool(arguments.data) != bool(arguments.columns):
-        raise ConfigError("--data and --columns belong together: a file, and its one or two columns with text.")
     if arguments.json:
         _check_writable(Path(arguments.json))
-    if arguments.data:
-        texts = read_texts(arguments.data, arguments.columns, limit=arguments.limit)
-    else:
-        texts = list(TEXTS[: arguments.limit])
+    texts = _texts(arguments)
     result = bench(
         arguments.folder,
         texts,
@@ -270,7 +164,7 @@ def format_bench(result: dict) -> str:
     ]
     for entry in result["results"]:
         lines.append(f"batch size {entry['batch_size']}".ljust(18) + "".join(f"{entry['ms'][n]:{width}.2f}" for n in names))
-    lines += ["", f"{ours} is faster than".ljust(18)]
+    lines += ["", f"time / {ours}".ljust(18)]
     for entry in result["results"]:
         gains = (f"{entry['ms'][n] / entry['ms'][ours]:{width - 1}.2f}x" for n in names[:-1])
         lines.append(f"batch size {entry['batch_size']}".ljust(18) + "".join(gains))
@@ -283,6 +177,128 @@ def format_bench(result: dict) -> str:
     if (result["load_average"] or 0) > 1:
         lines.append(f"(the machine was busy before this began, load {result['load_average']:.1f}: do not trust the times)")
     return "\n".join(lines)
+
+
+def _add_report(commands):
+    command = commands.add_parser(
+        "report",
+        help="write a page that shows how deep tokens live and what each layer costs",
+        description=REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("folder", metavar="FOLDER", help="a saved model with its tokenizer or image processor")
+    _add_texts(add)
+    add("--images", metavar="FILE", nargs="+", help="image files, for a model that reads pixels")
+    add("--limit", metavar="N", type=_count, default=100, help="use the first N texts or images (default: %(default)s)")
+    add("--repeats", metavar="N", type=_count, default=3, help="measurements of the layers (default: %(default)s)")
+    add("--results", metavar="JSON", nargs="+", default=[], help="benchmark results to plot score against MACs")
+    add("--plots", metavar="FOLDER", help="also write each plot as PNG and SVG to this folder")
+    add("-o", "--output", metavar="FILE", default="report.html", help="the page (default: %(default)s)")
+    command.set_defaults(run=_report, command=command)
+
+
+def _report(arguments, command):
+    if arguments.images and arguments.texts:
+        raise ConfigError("--texts and --images cannot both be given: a model reads one of them.")
+    _check_writable(Path(arguments.output))
+    if arguments.images:
+        samples = [_read_image(file) for file in arguments.images[: arguments.limit]]
+    else:
+        samples = _texts(arguments)
+    found = report(
+        arguments.folder, samples, max_length=arguments.max_length, repeats=arguments.repeats, results=arguments.results
+    )
+    if arguments.plots:
+        found.save_plots(arguments.plots)
+    found.save(arguments.output)
+    print(
+        f"{arguments.output}: {len(found.samples)} {'images' if arguments.images else 'texts'}, {len(found.model.macs)} layers"
+    )
+
+
+def _read_image(file):
+    from PIL import Image
+
+    with Image.open(file) as image:  # an OSError says what is wrong
+        return image.convert("RGB")
+
+
+def _add_explain(commands):
+    command = commands.add_parser(
+        "explain",
+        help="print a text with each token in the colour of how deep it lived",
+        description="Print a text, each token with the layer in which it was dropped, in colour where the terminal has any.",
+    )
+    add = command.add_argument
+    add("folder", metavar="FOLDER", help="a saved model with its tokenizer")
+    add("text", metavar="TEXT", nargs="+", help="a text, or two for a model that reads pairs")
+    add("--max-length", metavar="N", type=_count, help="cut the text to N tokens (default: 128, or what the model can read)")
+    command.set_defaults(run=_explain, command=command)
+
+
+def _explain(arguments, command):
+    from rich.console import Console
+
+    if len(arguments.text) > 2:
+        raise ConfigError(f"{len(arguments.text)} texts were given; give one, or two for a model that reads pairs. Quote them.")
+    text = arguments.text[0] if len(arguments.text) == 1 else tuple(arguments.text)
+    console = Console(highlight=False)
+    ascii_only = not console.encoding.startswith("utf")
+    console.print(explain(arguments.folder, text, max_length=arguments.max_length, ascii_only=ascii_only))
+
+
+def _add_run(commands):
+    command = commands.add_parser(
+        "run",
+        help="run a training script unchanged, and prune the model that it trains",
+        usage="hf-tokenprune run [--method METHOD] [OPTIONS] [--] SCRIPT [ARGUMENTS ...]",
+        description=RUN,
+        epilog=RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the script's options are not ours
+    )
+    add = command.add_argument
+    add("--method", default="top", help=f"{', '.join(METHODS)} (default: %(default)s)")
+    for name, text in settings().items():
+        add(f"--{name.replace('_', '-')}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+    add("script", metavar="SCRIPT", nargs=argparse.REMAINDER, help="a Python file, and its own arguments")
+    command.set_defaults(run=_run, command=command)
+
+
+def _run(arguments, command):
+    given = {name: getattr(arguments, name) for name in settings() if hasattr(arguments, name)}
+    script, *own = arguments.script[arguments.script[:1] == ["--"] :] or [None]
+    if script is None:
+        raise ConfigError("There is no script to run: hf-tokenprune run --target-macs 0.4 -- SCRIPT, for instance.")
+    run_script(script, own, make_method(arguments.method, given))
+
+
+def _add_push(commands):
+    command = commands.add_parser("push", help="publish a saved model on the Hub, with its model card", description=PUSH)
+    add = command.add_argument
+    add("folder", metavar="FOLDER", help="a saved token-pruned model")
+    add("repo_id", metavar="USER/NAME", help="the repository, which is made if there is none")
+    add("--private", action="store_true", default=None, help="make it private; a public one that exists is refused")
+    add("--revision", metavar="BRANCH", help="commit to this branch, which is made if there is none (default: main)")
+    add("--results", metavar="FILE", nargs="+", default=[], help="JSON of `bench --json` or of a benchmark run, for the card")
+    add("--license", metavar="NAME", help="licence of the weights, as the Hub names it (default: what README.md says)")
+    add("--dry-run", action="store_true", help="only show the files and the card")
+    command.set_defaults(run=_push, command=command)
+
+
+def _push(arguments, command):
+    names = ("private", "revision", "results", "license", "dry_run")
+    found = push(arguments.folder, arguments.repo_id, **{name: getattr(arguments, name) for name in names})
+    if found.url is None:
+        print(f"{found.card}\n\nWould be published as {found.repo_id}, in one commit:")
+    for name, size in found.files.items():
+        print(f"{size:12,}  {name}")
+    print(f"{sum(found.files.values()):12,}  bytes in all")
+    if found.card_is_theirs:
+        print("README.md was written by hand, so it is published as it is.")
+    if found.url is not None:
+        print(found.url)
 
 
 def _check_writable(path):

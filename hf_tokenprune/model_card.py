@@ -21,6 +21,7 @@ PLOT = "tokens_per_layer.png"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 DATA = "token_pruning_results"  # the evaluation, among the metadata of a card, from which it can be written anew
 SECTION = re.compile(r"<!-- hf_tokenprune: begin ?(?P<print>\w*) -->(?P<text>.*?)<!-- hf_tokenprune: end -->", re.S)
+SENTENCE_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 METHODS = {
     "top": ("ToP", "2306.14393"),
     "structured": ("Structured pruning (CoFi)", "2204.00408"),
@@ -39,6 +40,7 @@ def make_card(
     base_model: str | None = None,
     license: str | None = None,
     plot: str | None = None,
+    sentence_class: str | None = None,
 ) -> ModelCard:
     """A model card for a token-pruned model.
 
@@ -51,6 +53,7 @@ def make_card(
         base_model: the id of the model it was fine-tuned from.
         license: of the weights, as the Hub names it, such as "apache-2.0".
         plot: a picture that lies beside it.
+        sentence_class: the class of sentence-transformers that opens it, see `sentence_class_of`; None = transformers does.
 
     Raises:
         ConfigError: the config is not that of a token-pruned model.
@@ -63,7 +66,7 @@ def make_card(
     known = {name: value for name, value in (("pipeline_tag", pipeline), (DATA, evaluation)) if value}
     data = ModelCardData(
         base_model=base_model,
-        library_name="transformers",
+        library_name="sentence-transformers" if sentence_class else "transformers",
         license=license,
         tags=tags,
         model_name=name,
@@ -75,8 +78,7 @@ def make_card(
     latency = evaluation.get("latency")
     parts = {
         "name": name,
-        "where": repo_id or name,
-        "auto_class": next(iter(config.get("auto_map") or {}), "AutoModel"),
+        "loading": _loading(sentence_class, next(iter(config.get("auto_map") or {}), "AutoModel"), repo_id or name),
         "summary": _summary(architecture, pruning, evaluation, base_model),
         "rows": _rows(evaluation),
         "tokens": f"on {evaluation['tokens']:.0f} tokens per text" if "tokens" in evaluation else "on the evaluation data",
@@ -85,7 +87,7 @@ def make_card(
         "plot": plot if evaluation.get("kept") else None,
         "made": _made(pruning),
         "settings": json.dumps(pruning["method"], indent=2) if pruning.get("method") else None,
-        "plain": _plain(pruning),
+        "plain": "" if sentence_class else _plain(pruning),
         "hashes": "\n".join(f"{hashlib.sha256(content).hexdigest()}  {file}" for file, content in sorted(code.items())),
         "licence": f"The weights: {license}."
         if license
@@ -120,6 +122,15 @@ def read_folder(folder: Path) -> dict:
 def code_of(folder: Path) -> dict[str, bytes]:
     """The code that lies in a folder."""
     return {file.name: file.read_bytes() for file in sorted(Path(folder).glob("*.py"))}
+
+
+def sentence_class_of(folder: Path) -> str | None:
+    """The class of sentence-transformers that a folder was saved by, None if it is a model of transformers alone."""
+    try:
+        found = json.loads((Path(folder) / "config_sentence_transformers.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if found in SENTENCE_CLASSES else None
 
 
 def draw(evaluation: Mapping) -> bytes | None:
@@ -241,6 +252,22 @@ def _made(pruning):
             f"Weights were cut. What is left: hidden size {shapes['hidden']}, attention heads {heads}, FFN units {units}."
         )
     return " ".join(said)
+
+
+def _loading(sentence_class, auto_class, where):
+    """What opens the model by the code that lies beside it, and what opens it without."""
+    if sentence_class is None:
+        theirs = (
+            f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{where}", trust_remote_code=True)'
+        )
+        return theirs, f'import hf_tokenprune\n\nmodel = hf_tokenprune.from_pretrained("{where}")'
+    load = f"from sentence_transformers import {sentence_class}\n"
+    kind = "" if sentence_class == SENTENCE_CLASSES[0] else f", {sentence_class}"
+    return (
+        f'{load}\nmodel = {sentence_class}("{where}", trust_remote_code=True)',
+        f"import hf_tokenprune\n{load if kind else ''}\n"
+        f'model = hf_tokenprune.sentence_transformers.from_pretrained("{where}"{kind})',
+    )
 
 
 def _plain(pruning):

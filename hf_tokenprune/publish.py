@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from .errors import ConfigError
-from .model_card import DATA, FILE, PLOT, code_of, draw, make_card, name_of, read_folder
+from .model_card import DATA, FILE, PLOT, code_of, draw, make_card, name_of, read_folder, sentence_class_of
 from .readme import is_persons, update
 from .results import read_results
 from .writing import write_file
@@ -86,6 +86,7 @@ def push(
         raise ConfigError(f"{repo_id!r} is no name of a repository: {error}") from None
     if repo_id.count("/") != 1:
         raise ConfigError(f"{repo_id!r} is no name of a repository. Say whose it is: user/name.")
+    sentence_class = sentence_class_of(folder)
     evaluation = read_results(results, config["token_pruning"].get("method"))
     local = _text(folder / FILE)
     before = _data(local).get(DATA)  # of the card on the Hub it may be about other weights
@@ -103,9 +104,9 @@ def push(
     known = {**_data(local), **_data(current)}
     card = make_card(
         config, code_of(folder), evaluation, name=name_of(repo_id), repo_id=repo_id, base_model=known.get("base_model"),
-        license=license or known.get("license"), plot=PLOT if picture else None,
+        license=license or known.get("license"), plot=PLOT if picture else None, sentence_class=sentence_class,
     )  # fmt: skip
-    text = update(card, current)
+    text = update(card, current, append=sentence_class is not None)  # such a folder always has a README.md, perhaps its base's
     contents = dict(files)
     if text is not None:
         contents[FILE] = text.encode()

@@ -13,7 +13,20 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import logging
 
-from .model_card import DATA, FILE, PLOT, SECTION, base_of, code_of, draw, fingerprint, make_card, name_of, read_folder
+from .model_card import (
+    DATA,
+    FILE,
+    PLOT,
+    SECTION,
+    base_of,
+    code_of,
+    draw,
+    fingerprint,
+    make_card,
+    name_of,
+    read_folder,
+    sentence_class_of,
+)
 from .modeling.modeling_token_pruned import TokenPruningMixin
 from .writing import write_file
 
@@ -96,7 +109,7 @@ def write_card(
     picture = draw(evaluation) if plot and evaluation else None
     card = make_card(
         read_folder(folder), code_of(folder), evaluation, name=name_of(repo_id or folder), repo_id=repo_id,
-        base_model=base_model, plot=PLOT if picture else None,
+        base_model=base_model, plot=PLOT if picture else None, sentence_class=sentence_class_of(folder),
     )  # fmt: skip
     file = folder / FILE
     text = update(card, file.read_text(encoding="utf-8") if file.exists() else None, append)

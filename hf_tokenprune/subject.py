@@ -26,12 +26,12 @@ DEFAULT_LENGTH = 128
 # Texts.
 
 
-def read_texts(path: str | os.PathLike, columns: Sequence[str], *, limit: int | None = None) -> list:
-    """Texts from a parquet, CSV or JSON-lines file, a missing value as "".
+def read_texts(path: str | os.PathLike, columns: Sequence[str] = (), *, limit: int | None = None) -> list:
+    """Texts from a parquet, CSV or JSON-lines file, a missing value as ""; or the lines of a .txt file that are not empty.
 
     Args:
         path: the file; its ending says what it is.
-        columns: one column with texts, or two that make a pair.
+        columns: one column with texts, or two that make a pair; none of a .txt file.
         limit: take only the first so many rows.
 
     Returns:
@@ -43,11 +43,13 @@ def read_texts(path: str | os.PathLike, columns: Sequence[str], *, limit: int | 
     import datasets
 
     path = Path(path)
-    if path.suffix not in FILE_TYPES:
-        raise ConfigError(f"{path} is of an unknown type. Known endings: {', '.join(FILE_TYPES)}.")
+    if path.suffix not in (".txt", *FILE_TYPES):
+        raise ConfigError(f"{path} is of an unknown type. Known endings: .txt, {', '.join(FILE_TYPES)}.")
     if not path.is_file():
         raise ConfigError(f"There is no file {path}.")
-    if not 1 <= len(columns) <= 2:
+    if path.suffix == ".txt":
+        return _read_lines(path, columns, limit)
+    if len(columns) > 2:
         raise ConfigError(f"{len(columns)} columns were named; name one, or two for pairs.")
     with tempfile.TemporaryDirectory() as cache:
         try:
@@ -56,6 +58,10 @@ def read_texts(path: str | os.PathLike, columns: Sequence[str], *, limit: int | 
             )
         except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
             raise ConfigError(f"{path} cannot be read as {FILE_TYPES[path.suffix]}: {error.__cause__ or error}") from error
+        if not columns:
+            raise ConfigError(
+                f"Name the column of {path} that holds the texts, or two for pairs: {', '.join(rows.column_names)}."
+            )
         for column in columns:
             if column not in rows.column_names:
                 raise ConfigError(f"{path} has no column {column!r}; it has: {', '.join(rows.column_names)}.")
@@ -64,6 +70,16 @@ def read_texts(path: str | os.PathLike, columns: Sequence[str], *, limit: int | 
         rows = rows.select(range(len(rows) if limit is None else min(limit, len(rows))))
         texts = [[text or "" for text in rows[column]] for column in columns]
     return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+
+
+def _read_lines(path, columns, limit):
+    if columns:
+        raise ConfigError(f"{path} has no columns, but {', '.join(columns)} was named. A text file holds a text a line.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8: {error}") from error
+    return [line.strip() for line in lines if line.strip()][:limit]
 
 
 def tokenise(tokenizer, texts, pairs, max_length):

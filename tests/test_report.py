@@ -81,7 +81,11 @@ def folders(tmp_path_factory):
 
 
 def run(*arguments):
-    return cli.main([str(argument) for argument in arguments])
+    """The exit status of a command line."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
 
 
 def test_the_page_stands_alone(folders):
@@ -377,10 +381,10 @@ def test_command_line_writes_a_page_and_plots(folders, tmp_path, capsys):
         (["{pruned}", "--texts", "{tmp}/latin.txt"], "is no text in UTF-8"),
         (["{pruned}", "--texts", "{tmp}/empty.txt", "--columns", "a"], "has no columns"),
         (["{pruned}", "--texts", "{tmp}/a.csv", "--columns", "x"], "has no column 'x'; it has: a"),
-        (["{pruned}", "--texts", "{tmp}/a.csv"], "name one, or two for pairs"),
+        (["{pruned}", "--texts", "{tmp}/a.csv"], "that holds the texts, or two for pairs: a"),
         (["{pruned}", "--columns", "a"], "--texts, which is missing"),
-        (["{pruned}", "--limit", "0"], "--limit must be"),
-        (["{pruned}", "--repeats", "0"], "repeats must be"),
+        (["{pruned}", "--limit", "0"], "--limit: must be"),
+        (["{pruned}", "--repeats", "0"], "--repeats: must be"),
         (["{pruned}", "--images", "{tmp}/a.csv"], "cannot identify image file"),
         (["{pruned}", "--images", "{tmp}/a.csv", "--texts", "{tmp}/a.csv"], "cannot both be given"),
         (["{pruned}", "-o", "{tmp}/none/r.html"], "cannot be written"),
@@ -393,10 +397,12 @@ def test_wrong_input_gives_one_clear_line(folders, tmp_path, capsys, arguments, 
     (tmp_path / "a.csv").write_text("a\nthe cat\n")
     places = {"tmp": tmp_path, **folders}
     arguments = [argument.format(**places) for argument in arguments]
-    assert run("report", *(["-o", tmp_path / "r.html"] if "-o" not in arguments else []), *arguments) == 1
+    assert run("report", *(["-o", tmp_path / "r.html"] if "-o" not in arguments else []), *arguments) == (
+        2 if "must be" in words else 1
+    )
     printed = capsys.readouterr().err.strip().splitlines()
     assert words in printed[-1]
-    assert printed[-1].startswith("hf-tokenprune: ")
+    assert printed[-1].startswith("hf-tokenprune")
     assert not any("Traceback" in line for line in printed)
     assert not (tmp_path / "r.html").exists()
 

@@ -250,7 +250,7 @@ def test_a_script_must_be_there(tmp_path, capsys):
 def test_an_option_of_no_method_is_refused(write, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--target-mac", "0.4", "--", write("raise AssertionError('ran')")])
-    assert "unrecognized arguments: --target-mac" in capsys.readouterr().err
+    assert "hf-tokenprune run: unknown: --target-mac (" in capsys.readouterr().err
 
 
 def test_help_explains_every_setting_and_says_whose_it_is(capsys):

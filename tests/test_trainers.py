@@ -5,6 +5,7 @@ The heads of `transformers.Trainer` are a table in `test_training.py`.
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import transformers as hf
 from datasets import Dataset
 from families import build
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from sentence_transformers import (
     CrossEncoder,
@@ -40,6 +42,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from training_helpers import Recorder, at_home, no_dropout, top
 
 import hf_tokenprune as tp
+from hf_tokenprune.publish import push
 
 WORDS = [f"w{number}" for number in range(100)]
 TEXTS = [" ".join(WORDS[(7 * row + 3 * place) % 100] for place in range(4 + row % 17)) for row in range(24)]
@@ -211,6 +214,21 @@ def test_what_is_saved_opens_with_this_package_and_executes_nothing(trained, row
     assert type(inside(model)).__module__.startswith("hf_tokenprune."), "none of the folder's code"
     assert "training_state" not in " ".join(model.state_dict())
     assert torch.equal(encode(at_home(model)), encode(at_home(trainer.model.eval())))
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_the_published_card_keeps_theirs_and_says_how_to_open_it(trained, row):
+    trainer, folder, _ = trained(row)
+    kind, before = type(trainer.model).__name__, ModelCard((folder / "README.md").read_text()).text
+    card = ModelCard(push(folder, "user/name", dry_run=True).card)
+    assert card.text.startswith(before.rstrip())
+    assert card.data.library_name == "sentence-transformers"
+    theirs, ours = re.findall(r"```python\n(.*?)```", card.text.partition("hf_tokenprune: begin")[2], re.DOTALL)
+    assert theirs == f'from sentence_transformers import {kind}\n\nmodel = {kind}("user/name", trust_remote_code=True)\n'
+    names = {}
+    exec(ours.replace("user/name", str(folder)), names)
+    assert type(names["model"]) is type(trainer.model)
+    assert torch.equal(encode(at_home(names["model"])), encode(at_home(trainer.model.eval())))
 
 
 def same_state(found, expected):

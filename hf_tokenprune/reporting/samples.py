@@ -6,7 +6,7 @@ from transformers import AutoImageProcessor, DataCollatorWithPadding
 
 from ..depth import BATCH, image_depths, text_depths
 from ..errors import ConfigError
-from ..subject import are_pairs, check_length, check_reads_text, open_tokenizer, read_texts, tokenise
+from ..subject import are_pairs, check_length, check_reads_text, open_tokenizer, tokenise
 
 
 class Texts:
@@ -54,21 +54,6 @@ class Images:
     def batch(self):
         """The first images as a batch to time."""
         return dict(self.processor(self.timed, return_tensors="pt").to(self.model.device))
-
-
-def read_samples(path: Path, columns: list[str], limit: int) -> list:
-    """The lines of a .txt file that are not empty, or what `subject.read_texts` reads."""
-    if path.suffix != ".txt":
-        return read_texts(path, columns, limit=limit)
-    if columns:
-        raise ConfigError(f"{path} has no columns, but {', '.join(columns)} was named. A text file holds a text a line.")
-    if not path.is_file():
-        raise ConfigError(f"There is no file {path}.")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no text in UTF-8: {error}") from error
-    return [line.strip() for line in lines if line.strip()][:limit]
 
 
 def _open_processor(folder):
