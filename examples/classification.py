@@ -35,7 +35,6 @@ trainer = Trainer(
     callbacks=[tp.TokenPruneCallback(tp.ToP(target_macs=0.5))],  # half the dense model's MACs on real tokens
 )
 trainer.train()
+scores = trainer.evaluate()  # before saving, so that the model card knows
 trainer.save_model(args.output)  # opens with AutoModelForSequenceClassification.from_pretrained(..., trust_remote_code=True)
-
-scores = trainer.evaluate()
 print(f"accuracy {scores['eval_accuracy']:.3f} at {scores['eval_macs_realised']:.2f} of the dense model's MACs: {args.output}")

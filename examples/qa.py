@@ -46,7 +46,6 @@ trainer = Trainer(
     callbacks=[tp.TokenPruneCallback(tp.ToP(target_macs=0.6))],
 )
 trainer.train()
+scores = trainer.evaluate()  # before saving, so that the model card knows
 trainer.save_model(args.output)
-
-scores = trainer.evaluate()
 print(f"exact {scores['eval_exact']:.3f} at {scores['eval_macs_realised']:.2f} of the dense model's MACs: {args.output}")

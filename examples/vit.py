@@ -43,9 +43,8 @@ trainer = Trainer(
     callbacks=[tp.TokenPruneCallback(tp.ToP(target_macs=0.5))],
 )
 trainer.train()
+scores = trainer.evaluate()  # before saving, so that the model card knows
 trainer.save_model(args.output)
-
-scores = trainer.evaluate()
 print(f"accuracy {scores['eval_accuracy']:.3f} at {scores['eval_macs_realised']:.2f} of the dense model's MACs: {args.output}")
 found = tp.report(args.output, [row["image"].convert("RGB") for row in data[args.test].select(range(12))])
 found.save(f"{args.output}/patches.html")  # which patches live how deep

@@ -1,5 +1,7 @@
 """Open a folder or Hub id with this package's code; nothing that lies in the folder is executed."""
 
+import os
+
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -28,7 +30,7 @@ def from_pretrained(folder_or_id, **kwargs):
         The model with the head it was saved with, in evaluation mode.
 
     Raises:
-        ConfigError: `config.token_pruning` is damaged or from a newer version.
+        ConfigError: there is no such folder or repository, or `config.token_pruning` is damaged or from a newer version.
         UnsupportedInputError: `trust_remote_code=True` was given.
         UnsupportedModelError: the config does not name a class of transformers that it fits.
 
@@ -41,7 +43,13 @@ def from_pretrained(folder_or_id, **kwargs):
             "AutoModelFor....from_pretrained(..., trust_remote_code=True) of transformers."
         )
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if name in kwargs}
-    _check_counts(PreTrainedConfig.get_config_dict(folder_or_id, **hub)[0], folder_or_id)
+    try:
+        written, _ = PreTrainedConfig.get_config_dict(folder_or_id, **hub)
+    except OSError as error:
+        if os.path.isdir(folder_or_id):
+            raise
+        raise ConfigError(f"{folder_or_id} is no folder here, and could not be got from the Hub: {error}") from error
+    _check_counts(written, folder_or_id)
     config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False, **hub)
     return open_as(config, folder_or_id, **kwargs)
 

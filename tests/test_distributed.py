@@ -121,6 +121,14 @@ def test_the_folder_is_complete_and_meets_the_budget(folder, two):
     assert sorted(path.name for path in (folder / "dropout" / "_teacher").glob("*.safetensors")) == ["model.safetensors"]
 
 
+def test_both_may_save_to_one_folder_at_a_time(folder, two):
+    opened, state = tp.from_pretrained(folder / "by both").state_dict(), two("dropout")[0]["state"]
+    weights = [name for name in opened if "token_pruner.training_state" not in name]
+    assert len(weights) > 20
+    close({name: opened[name] for name in weights}, {name: state[name] for name in weights}, atol=0)
+    assert not list((folder / "by both").glob("_saving*"))
+
+
 @pytest.mark.parametrize("step", [SURGERY - 2, SURGERY + 1])
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(two, step):
     """Before and after surgery, with dropout."""

@@ -152,7 +152,7 @@ def test_the_table_says_what_was_measured(folders):
     lengths = [5, 12, 4, 9, 3]
     assert [len(sample) for sample in made.samples] == lengths
     head, *rows = Page(text).rows
-    assert head[:4] == ["layer", "tokens that leave", "million MACs, dense", "million MACs, this model"]
+    assert head[:4] == ["layer", "tokens that leave", "million MACs, packed dense", "million MACs, this model"]
     tokens = [33 / 5, 18 / 5, 18 / 5, 1]
     assert [row[:2] for row in rows[:4]] == [[str(layer), f"{left:.1f}"] for layer, left in enumerate(tokens)]
     dense = [macs / 5 for macs in cost.dense_macs(model, lengths)]

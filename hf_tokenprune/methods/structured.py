@@ -64,7 +64,7 @@ class StructuredPruning(GatedMethod):
         if self.parts is not None and (
             not isinstance(self.parts, (tuple, list)) or not self.parts or not all(part in PARTS for part in self.parts)
         ):
-            self.refuse("parts", f"some of {', '.join(PARTS)}, or None")
+            self.refuse("parts", f"a tuple of some of {', '.join(PARTS)}, as in ('heads', 'units'), or None")
 
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""

@@ -6,9 +6,15 @@ import re
 import shutil
 from pathlib import Path
 
+from torch import distributed
+
 ASIDE = "_saving"  # neither published nor opened
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def _are_many():
+    return distributed.is_available() and distributed.is_initialized()
 
 
 @contextlib.contextmanager
@@ -29,7 +35,7 @@ def all_or_nothing(folder):
         ['config.json']
     """
     folder = Path(folder)
-    inner = folder / ASIDE
+    inner = folder / (f"{ASIDE}-{distributed.get_rank()}" if _are_many() else ASIDE)  # all of a run's processes may save here
     shutil.rmtree(inner, ignore_errors=True)  # of a process that was killed
     inner.mkdir(parents=True)
     try:
@@ -45,7 +51,7 @@ def all_or_nothing(folder):
         for file in folder.iterdir():
             match = SHARD.fullmatch(file.name)
             if match and match[1] in stems and file.name not in new:
-                file.unlink()
+                file.unlink(missing_ok=True)
         for stem in stems:  # an index of weights that were in several files
             if f"{stem}{INDEX}" not in new:
                 (folder / f"{stem}{INDEX}").unlink(missing_ok=True)

@@ -95,7 +95,7 @@ def _layer_table(report):
                 cells.append(f"{left} of {getattr(dense, name)[place]}" if known else str(left))
         rows.append((str(place), cells))
     head = ["layer", "tokens that leave"]
-    contenders = ["dense", "this model"] if both else ["this model"]
+    contenders = ["packed dense", "this model"] if both else ["this model"]
     head += [f"million MACs, {name}" for name in contenders] + [f"ms, {name}" for name in contenders]
     rest = [
         "embeddings and head",
