@@ -345,3 +345,58 @@ def test_a_published_model_is_hardly_larger_than_a_dense_one(tmp_path):
     model.save_pretrained(tmp_path)
     added = sum(size for name, size in push(tmp_path, "user/name", dry_run=True).files.items() if name != "model.safetensors")
     assert (added + config.num_hidden_layers * selectors) / dense < 0.01
+
+
+# Adapters
+
+ADAPTER_PUSHER = """
+import sys
+import torch
+import transformers as hf
+from families import build
+from peft import LoraConfig, get_peft_model
+from training_helpers import top, trainer_for
+import hf_tokenprune as tp
+
+root = sys.argv[1]
+build("bert", "ForSequenceClassification").push_to_hub("user/base", token="writer")
+pruning = tp.peft.TokenPruneConfig(target_macs=0.55, settings={"rank_bins": 8})
+configs = {
+    "lora": (LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"), top()),
+    "pruning": (pruning, pruning.training_method()),
+}
+for name, (config, method) in configs.items():
+    model = get_peft_model(hf.AutoModelForSequenceClassification.from_pretrained("user/base", token="writer"), config)
+    trainer = trainer_for(f"{root}/{name}", method, model=model, learning_rate=1e-4)
+    trainer.train()
+    trainer.model.push_to_hub(f"user/{name}", token="writer")
+    torch.save(trainer.model.eval()(**torch.load(f"{root}/inputs")).logits, f"{root}/{name}.logits")
+"""
+
+ADAPTER_READER = """
+import sys
+import torch
+import hf_tokenprune
+from peft import AutoPeftModelForSequenceClassification, PeftModel
+from transformers import AutoModelForSequenceClassification
+
+root, inputs = sys.argv[1], torch.load(f"{sys.argv[1]}/inputs")
+for name in ("lora", "pruning"):
+    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained("user/base"), f"user/{name}").eval()
+    assert torch.equal(model(**inputs).logits, torch.load(f"{root}/{name}.logits")), name
+    calls = model.get_base_model().token_pruner.trace
+    assert sum(calls[2].survived) < sum(calls[0].arrived), name
+model = AutoPeftModelForSequenceClassification.from_pretrained("user/lora").eval()
+assert torch.equal(model(**inputs).logits, torch.load(f"{root}/lora.logits"))
+"""
+
+
+def test_adapters_that_prune_open_from_the_hub_and_offline(tmp_path):
+    torch.save(make_inputs("bert", HEAD), tmp_path / "inputs")
+    with running_hub() as hub:
+        in_process(ADAPTER_PUSHER, tmp_path, hub=hub, home=tmp_path / "home")
+        in_process(ADAPTER_READER, tmp_path, hub=hub, home=tmp_path / "reader", HF_TOKEN="writer")
+        asked = len(hub.asked)
+        in_process(ADAPTER_READER, tmp_path, hub=hub, home=tmp_path / "reader", HF_HUB_OFFLINE="1")
+        assert len(hub.asked) == asked
+        assert sum(map(len, hub.files("user/pruning").values())) < 100_000
