@@ -140,11 +140,11 @@ def main():
     )
     trainer.train()
     trained = time.time()
-    folder = args.output / "pruned"
-    trainer.save_model(str(folder))
 
     print("\nEvaluating the pruned model and its dense teacher ...")
     pruned_accuracy = trainer.evaluate()["eval_accuracy"]
+    folder = args.output / "pruned"
+    trainer.save_model(str(folder))  # with a model card that knows
     teacher = tp.from_pretrained(args.output / "_teacher")
     teacher_trainer = Trainer(teacher, trainer.args, processing_class=tokenizer, compute_metrics=accuracy)
     dense_accuracy = teacher_trainer.evaluate(eval_tokens)["eval_accuracy"]

@@ -1,6 +1,7 @@
 """Checkpoints of a run. A Trainer that is killed while it saves leaves a part of one, and would resume from that."""
 
 import functools
+import inspect
 import json
 import os
 import re
@@ -12,30 +13,67 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
+from .errors import TrainingError
+from .processes import of_all
+
 logger = logging.get_logger(__name__)
+
+RESUME = "resume_from_checkpoint"
+NAMED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, without importing the whole Trainer
 ASIDE = "_incomplete-"  # neither resumed from, nor counted by save_total_limit, nor pushed
 
 
 def resume_complete(trainer):
-    """Let `trainer.train(resume_from_checkpoint=True)` go on from the last complete checkpoint, whatever is newer."""
+    """Let `trainer.train(resume_from_checkpoint=True)` go on from the last complete checkpoint, whatever is newer.
+
+    Half a checkpoint that is asked for by its path is refused, with the last complete one named.
+    """
     if "train" not in vars(trainer):
-        trainer.train = functools.partial(_train, trainer.args, trainer.train)
+        trainer.train = functools.wraps(trainer.train)(functools.partial(_train, trainer, trainer.train))
 
 
-def _train(args, train, resume_from_checkpoint=None, *others, **named):
-    if resume_from_checkpoint is True:
-        with args.main_process_first(local=False):
-            for folder in set_aside_incomplete(args.output_dir) if args.process_index == 0 else ():
-                logger.warning(
-                    f"The run in {args.output_dir} was interrupted while it saved a checkpoint. What there is of it has been renamed "
-                    f"to {folder.name} and may be deleted; training goes on from the last complete one."
-                )
-        if list(Path(args.output_dir).glob(f"{ASIDE}*")) and get_last_checkpoint(args.output_dir) is None:
-            logger.warning(f"There is no complete checkpoint in {args.output_dir}: training begins anew.")
-            resume_from_checkpoint = None
-    return train(resume_from_checkpoint, *others, **named)
+def _train(trainer, train, *args, **kwargs):
+    first = bool(args) and next(iter(inspect.signature(train).parameters), None) == RESUME
+    asked = args[0] if first else kwargs.get(RESUME)
+    if asked is True and not _anything_to_resume(trainer.args):
+        args, kwargs = ((None, *args[1:]), kwargs) if first else (args, {**kwargs, RESUME: None})
+    elif isinstance(asked, (str, os.PathLike)):
+        _check_complete(Path(asked), Path(trainer.args.output_dir))
+    return train(*args, **kwargs)
+
+
+def _anything_to_resume(args):
+    """Set aside half checkpoints. False if there was nothing else to go on from."""
+    aside = set_aside_incomplete(args.output_dir) if args.should_save else []
+    aside = [folder.name for folders in of_all(aside) for folder in folders]  # all processes wait here for those that rename
+    if not aside:
+        return True
+    last = get_last_checkpoint(args.output_dir)
+    logger.warning(
+        f"The run in {args.output_dir} was interrupted while it saved a checkpoint. What there is of it has been renamed to "
+        f"{', '.join(aside)} and may be deleted. Training "
+        + (f"goes on from {Path(last).name}." if last else "begins anew: there is no complete checkpoint.")
+    )
+    return last is not None
+
+
+def _check_complete(folder, output_dir):
+    numbered = _numbered(output_dir)
+    if folder.resolve() not in [path.resolve() for path in numbered] or is_complete(folder):
+        return
+    instead = next((path.name for path in numbered if is_complete(path)), "none")
+    raise TrainingError(
+        f"{folder} is half a checkpoint: the run was interrupted while it saved it. The last complete one is: {instead}. Resume from "
+        "that, or with resume_from_checkpoint=True, which finds it."
+    )
+
+
+def _numbered(output_dir):
+    """The checkpoints in a run's folder, newest first."""
+    found = [(NAMED.fullmatch(path.name), path) for path in Path(output_dir).glob("*") if path.is_dir()]
+    return [path for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True)]
 
 
 def is_complete(folder):
@@ -65,10 +103,8 @@ def set_aside_incomplete(output_dir):
         >>> set_aside_incomplete("no/such/folder")
         []
     """
-    named = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = [(named.fullmatch(path.name), path) for path in Path(output_dir).glob("*") if path.is_dir()]
     moved = []
-    for _, folder in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
+    for folder in _numbered(output_dir):
         if is_complete(folder):
             break
         aside = folder.with_name(ASIDE + folder.name)

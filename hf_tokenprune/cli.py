@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -72,13 +73,13 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is what --help is for."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help shows what is known)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} ({self.prog} --help shows what is known)\n")
 
 
 def _count(text):
     """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text!r}")
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 999999999, not {text[:20]!r}")
     return int(text)
 
 
@@ -199,8 +200,8 @@ def _add_report(commands):
 
 
 def _report(arguments, command):
-    if arguments.images and arguments.texts:
-        raise ConfigError("--texts and --images cannot both be given: a model reads one of them.")
+    if arguments.images and (arguments.texts or arguments.columns):
+        raise ConfigError("--images cannot be given together with --texts or --columns: a model reads one of them.")
     _check_writable(Path(arguments.output))
     if arguments.images:
         samples = [_read_image(file) for file in arguments.images[: arguments.limit]]
@@ -296,7 +297,7 @@ def _push(arguments, command):
         print(f"{size:12,}  {name}")
     print(f"{sum(found.files.values()):12,}  bytes in all")
     if found.card_is_theirs:
-        print("README.md was written by hand, so it is published as it is.")
+        print("README.md was written by hand, so it is published as it is. Let it say: trust_remote_code=True.")
     if found.url is not None:
         print(found.url)
 

@@ -106,7 +106,7 @@ def push(
         config, code_of(folder), evaluation, name=name_of(repo_id), repo_id=repo_id, base_model=known.get("base_model"),
         license=license or known.get("license"), plot=PLOT if picture else None, sentence_class=sentence_class,
     )  # fmt: skip
-    text = update(card, current, append=sentence_class is not None)  # such a folder always has a README.md, perhaps its base's
+    text = update(card, current)
     contents = dict(files)
     if text is not None:
         contents[FILE] = text.encode()

@@ -1,8 +1,8 @@
 """The README.md of a folder that is to be published: ours is written, a person's stays.
 
-Of a README.md that this package, the Trainer or transformers wrote, the section on token pruning is kept up to date. Where a
-person has written a README.md without that section, or has edited the section (its fingerprint no longer fits), the file is
-left as it is. What else stands in a README.md stays.
+Of a README.md that this package, transformers or a Trainer (also of sentence-transformers) wrote, the section on token pruning
+is kept up to date. Where a person has written a README.md without that section, or has edited the section (its fingerprint no
+longer fits), the file is left as it is. What else stands in a README.md stays.
 """
 
 import os
@@ -32,6 +32,8 @@ from .writing import write_file
 
 logger = logging.get_logger(__name__)
 
+# What nobody but these writes into a README.md: to be completed by our section, or (transformers' own says nothing) replaced.
+BY_SENTENCE_TRANSFORMERS = "*Clearly define terms in order to be accessible across audiences.*"
 BY_TRAINER = "generated automatically according to the information the Trainer had access to"
 BY_TRANSFORMERS = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
@@ -50,7 +52,7 @@ def update(card: ModelCard, existing: str | None, append: bool = False) -> str |
     if existing is None or BY_TRANSFORMERS in existing:
         return str(card)
     found, ours = SECTION.search(existing), SECTION.search(card.text)
-    if found is None and not append and BY_TRAINER not in existing:
+    if found is None and not append and not _is_completed(existing):
         return None
     if found is not None and found["print"] != fingerprint(found["text"]):
         return None
@@ -72,7 +74,7 @@ def is_persons(file: Path) -> bool:
     if not file.exists():
         return False
     text = file.read_text(encoding="utf-8", errors="replace")
-    if BY_TRAINER in text or BY_TRANSFORMERS in text:
+    if _is_completed(text) or BY_TRANSFORMERS in text:
         return False
     section = SECTION.search(text)
     if section is None or section["print"] != fingerprint(section["text"]):
@@ -134,6 +136,11 @@ def describe(model, folder, repo_id=None, append=False, plot=False):
 
 
 TokenPruningMixin._write_card = describe  # the code on the Hub writes none
+
+
+def _is_completed(text):
+    """Was it written by a Trainer, so that our section is to be added?"""
+    return BY_TRAINER in text or BY_SENTENCE_TRANSFORMERS in text
 
 
 def _is_bare(text):

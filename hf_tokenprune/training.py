@@ -7,7 +7,7 @@ from importlib import import_module
 
 from accelerate.utils import parse_flag_from_env
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
@@ -108,6 +108,8 @@ class TokenPruneCallback(TrainerCallback):
             self.attach(model)
         if optimizer is not None:
             self.watch = model.register_load_state_dict_post_hook(functools.partial(_forget_what_is_gone, optimizer))
+        from transformers import Trainer  # inference has no need of it
+
         trainer = _calling(Trainer)
         if trainer is not None:
             follow(trainer)

@@ -122,8 +122,9 @@ def resume(folder, number):
         if number == 0:
             for part in ("_teacher", f"checkpoint-{step}"):
                 shutil.copytree(folder / "dropout" / part, again / part)
+            (again / f"checkpoint-{step + 1}").mkdir()  # half of one
         distributed.barrier()
-        resumed = trained(again, "dropout", resume=str(again / f"checkpoint-{step}"))
+        resumed = trained(again, "dropout", resume=True)
         torch.save(left_of(*resumed), folder / f"dropout {step}-{number}.pt")
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_runs import RUNS, STEPS, SURGERY, left_of, trained
+from distributed_trainers import ROWS
+from test_trainers import save_models
 from training_helpers import Texts, spent_share
 
 import hf_tokenprune as tp
@@ -135,6 +137,28 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(two, step):
     whole, resumed = two("dropout")[0], two(f"dropout {step}")[0]
     assert whole["sizes"] == resumed["sizes"] != DENSE_SIZES
     close(resumed["state"], whole["state"], atol=0)
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    """What the Trainers of sentence-transformers have left in two processes."""
+    folder = tmp_path_factory.mktemp("sentences")
+    models = save_models(tmp_path_factory)
+    torchrun(HERE / "distributed_trainers.py", folder, *(f"{head}={path}" for head, path in models.items()))
+    return lambda row: [torch.load(folder / f"{row}-{number}.pt", weights_only=False) for number in (0, 1)]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_sentence_transformers_train_in_two_processes(sentences, row):
+    """Both prune, meet the budget on the samples of both, and stay one model."""
+    first, second = sentences(row)
+    close(first["state"], second["state"], atol=0)
+    assert first["kept"] == second["kept"]
+    assert any(0 in kept for kept in first["kept"])
+    assert first["phase"][0] == 0
+    assert first["phase"][-1] == 3
+    assert 0.5 < first["spent"][-1] < 0.65
+    assert first["spent"][-1] == pytest.approx(second["spent"][-1])
 
 
 @pytest.mark.skipif(not (HERE.parent / "examples").exists(), reason="needs the checkout")

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import torch
 from families import build
 from safetensors import SafetensorError
 from training_helpers import Texts, top, trainer_for
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -259,9 +260,47 @@ def test_only_a_run_that_resumes_touches_checkpoints(run_folder, tmp_path):
     before = sorted(path.name for path in folder.iterdir())
     trainer = trainer_of(folder, "tokens")
     trainer.evaluate()
-    with pytest.raises(FileNotFoundError):
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-12"))  # as it was asked for
+    with pytest.raises(tp.errors.TrainingError, match=r"half a checkpoint.*The last complete one is: checkpoint-11"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-12"))
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_run_without_a_complete_checkpoint_begins_anew(tmp_path, caplog):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "config.json").write_text("{}")
+    trainer, begun = resume(tmp_path, "tokens")
+    assert begun == 0
+    assert trainer.state.global_step == STEPS
+    [said] = [record.getMessage() for record in caplog.records if "was interrupted while it saved" in record.getMessage()]
+    assert "renamed to _incomplete-checkpoint-1" in said
+    assert said.endswith("begins anew: there is no complete checkpoint.")
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match="No valid checkpoint"):  # transformers' own word, where nothing was set aside
+        trainer_of(tmp_path, "tokens").train(resume_from_checkpoint=True)
+
+
+class Plain(Trainer):
+    def train(self):
+        return super().train()
+
+
+class Named(Trainer):
+    def train(self, **kwargs):
+        return super().train(**kwargs)
+
+
+class More(Trainer):
+    def train(self, steps=None, resume_from_checkpoint=None):
+        self.args.max_steps = steps
+        return super().train(resume_from_checkpoint)
+
+
+@pytest.mark.parametrize(("kind", "given"), [(Plain, {}), (Named, {}), (Named, {"trial": None}), (More, {"steps": 2})])
+def test_a_subclass_may_have_a_train_of_its_own(tmp_path, kind, given):
+    trainer = trainer_for(tmp_path, top(), trainer=kind, max_steps=2)
+    trainer.train(**given)
+    assert trainer.state.global_step == 2
+    assert inspect.signature(trainer.train) == inspect.signature(kind.train.__get__(trainer))
 
 
 def test_whole_checkpoints_and_other_folders_stay(run_folder, tmp_path):

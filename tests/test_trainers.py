@@ -53,6 +53,10 @@ SCORED = Dataset.from_dict({**dict(list(COLUMNS.items())[:2]), "label": [float(r
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    return save_models(tmp_path_factory)
+
+
+def save_models(tmp_path_factory):
     """Saved tiny BERTs by head, each with a tokenizer."""
     vocabulary = {word: number for number, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -229,6 +233,29 @@ def test_the_published_card_keeps_theirs_and_says_how_to_open_it(trained, row):
     exec(ours.replace("user/name", str(folder)), names)
     assert type(names["model"]) is type(trainer.model)
     assert torch.equal(encode(at_home(names["model"])), encode(at_home(trainer.model.eval())))
+
+
+def test_what_a_person_wrote_beside_sentence_transformers_stays(trained, tmp_path):
+    shutil.copytree(trained("embedder")[1], tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("Written by me.\n")
+    published = push(tmp_path / "mine", "user/name", dry_run=True)
+    assert (published.card, published.card_is_theirs) == ("Written by me.\n", True)
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_what_their_trainers_publish_says_how_it_is_opened(folders, tmp_path, caplog, row):
+    """`push_to_hub` of a Trainer saves, and then calls `create_model_card`."""
+    trainer = trainer_for(row, folders, tmp_path, max_steps=3)
+    trainer.train()
+    trainer.evaluate()
+    for _ in range(2):  # the second time over our own
+        trainer.save_model(_internal_call=True)
+        trainer.create_model_card()
+        text = (tmp_path / "README.md").read_text()
+        assert text.count("hf_tokenprune: begin") == 1
+        assert "trust_remote_code=True" in text
+        assert "MACs reduction, true length" in text
+    assert "written by hand" not in caplog.text
 
 
 def same_state(found, expected):

@@ -13,10 +13,6 @@ INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
 
 
-def _are_many():
-    return distributed.is_available() and distributed.is_initialized()
-
-
 @contextlib.contextmanager
 def all_or_nothing(folder):
     """Write to a folder inside a folder; what was written there takes its place in the outer one once all of it is on the disk.
@@ -35,8 +31,14 @@ def all_or_nothing(folder):
         ['config.json']
     """
     folder = Path(folder)
-    inner = folder / (f"{ASIDE}-{distributed.get_rank()}" if _are_many() else ASIDE)  # all of a run's processes may save here
-    shutil.rmtree(inner, ignore_errors=True)  # of a process that was killed
+    # All processes of a run may save here, each from a folder of its own.
+    together = distributed.is_available() and distributed.is_initialized()
+    number, count = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+    inner = folder / f"{ASIDE}-{number}"
+    for left in folder.glob(f"{ASIDE}*"):  # of processes that were killed
+        whose = left.name.rpartition("-")[2]
+        if left == inner or (number == 0 and not (whose.isdecimal() and int(whose) < count)):
+            shutil.rmtree(left, ignore_errors=True)
     inner.mkdir(parents=True)
     try:
         try:
