@@ -264,7 +264,10 @@ WRONG = {
     "no such file": (["pruned", "--texts", "none.csv", "--columns", "first"], "no file"),
     "an empty file": (["pruned", "--texts", "bad.csv", "--columns", "first"], "cannot be read as csv"),
     "an unknown type": (["pruned", "--texts", "data.doc", "--columns", "first"], "unknown type"),
-    "batch size 0": (["pruned", "--batch-sizes", "1", "0"], "--batch-sizes: must be a whole number from 1 to 999999999, not '0'"),
+    "batch size 0": (
+        ["pruned", "--batch-sizes", "1", "0"],
+        "--batch-sizes: must be a whole number from 1 to 999999999, not '0'",
+    ),
     "no repeats": (["pruned", "--repeats", "0"], "--repeats: must be"),
     "no threads": (["pruned", "--threads", "0"], "--threads: must be"),
     "no texts": (["pruned", "--limit", "no"], "--limit: must be"),

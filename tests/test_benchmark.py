@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmark"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the checkout")
-MODULES = ("dense", "files", "methods", "metrics", "report", "run", "tasks", "demo", "tables")
+MODULES = ("cards", "dense", "files", "methods", "metrics", "report", "run", "tasks", "demo", "tables")
 WORDS = ["good", "bad", *(f"w{number}" for number in range(20))]
 
 
@@ -254,6 +254,23 @@ def test_a_run_says_everything_about_itself(bench, finished):
     assert len(tuning["trials"]) == len(bench.tasks.TASKS["sst2"].learning_rates)
     assert all(len(trial["held_out"]) == trial["epochs"] for trial in tuning["trials"])
     assert not list((folder / "runs").glob("work-*"))
+
+
+def test_every_pruned_model_has_a_card_of_what_was_measured(bench, finished, tmp_path):
+    folder, _ = finished
+    bench.cards.main(
+        ["--models", str(folder / "runs" / "models"), "--results", str(folder / "results"), "--output", str(tmp_path)]
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"sst2-{name}-0.6-0" for name in ("top", "topk", "topk-trained")
+    ]
+    for path in tmp_path.iterdir():
+        run = json.loads((folder / "results" / f"{path.name}.json").read_text())
+        dense = json.loads((folder / "results" / "sst2-dense-1-0.json").read_text())
+        text = (path / "README.md").read_text()
+        assert f"| accuracy (sst2, validation) | {dense['score']:.4f} | {run['score']:.4f} |" in text
+        assert json.loads((path / "config.json").read_text())["token_pruning"]["sites"]
+        assert not list(path.glob("*.safetensors"))
 
 
 def test_what_is_there_is_not_run_again(bench, finished, monkeypatch):

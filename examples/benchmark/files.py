@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import hf_tokenprune as tp
+from hf_tokenprune.writing import write_file
 
 
 def write_json(path, content):
@@ -21,18 +22,10 @@ def write_json(path, content):
 
 
 def write_text(path, text):
-    """Write a file all at once."""
+    """Write a file all at once, and its folder if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp lets nobody else read it
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_file(path, text)
 
 
 @contextmanager
