@@ -108,9 +108,7 @@ class TokenPruneCallback(TrainerCallback):
             self.attach(model)
         if optimizer is not None:
             self.watch = model.register_load_state_dict_post_hook(functools.partial(_forget_what_is_gone, optimizer))
-        from transformers import Trainer  # inference has no need of it
-
-        trainer = _calling(Trainer)
+        trainer = _calling_trainer()
         if trainer is not None:
             follow(trainer)
             resume_complete(trainer)
@@ -144,7 +142,6 @@ class TokenPruneCallback(TrainerCallback):
         if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
             self.objective.harden()
         self.objective.loss_scale = lambda: _loss_scale(optimizer)
-        self.objective.accumulation = args.gradient_accumulation_steps
         self.objective.processes = args.world_size if args.average_tokens_across_devices else 1
         if self.method.teacher not in ("self", None):
             teacher = self.method.teacher
@@ -165,6 +162,9 @@ class TokenPruneCallback(TrainerCallback):
             if args.should_save:
                 self.objective.teacher_number = save_teacher(self.objective.teacher, args.output_dir)
         self.objective.moment = self.method.schedule.at(step, self.total)
+        # Fewer than usual in the last step of an epoch.
+        now = getattr(_calling_trainer(), "current_gradient_accumulation_steps", None)
+        self.objective.accumulation = now or args.gradient_accumulation_steps
         self.objective.begin_step()
         self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
 
@@ -351,6 +351,12 @@ def _scaler_of(optimizer):
     """The `GradScaler` of mixed precision in fp16, or None."""
     scaler = getattr(optimizer, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def _calling_trainer():
+    from transformers import Trainer  # inference has no need of it
+
+    return _calling(Trainer)
 
 
 def _calling(kind):
