@@ -1,5 +1,6 @@
 """Fill the tables of README.md from the measured numbers in results/*.json and the table of tests: `python examples/tables.py`."""
 
+import inspect
 import json
 import re
 import sys
@@ -101,6 +102,22 @@ def families():
     return markdown(rows)
 
 
+NAMES = {"structured+top": "compose"}  # in a config
+
+
+def methods():
+    """Every method by its class, its name for the command line, what it says of itself, and its paper."""
+    from hf_tokenprune.model_card import METHODS as PAPERS
+    from hf_tokenprune.run import METHODS
+
+    rows = [["method", "`--method`", "what it does", "paper"]]
+    for name, kind in METHODS.items():
+        says = " ".join(inspect.getdoc(kind).split("\n\n")[0].split())
+        paper = PAPERS[NAMES.get(name, name.replace("-", "_"))][1]
+        rows.append([f"`{kind.__name__}`", f"`{name}`", says.rstrip("."), f"[{paper}](https://arxiv.org/abs/{paper})"])
+    return markdown(rows)
+
+
 def benchmark():
     """The overview of `examples/benchmark`."""
     sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
@@ -120,6 +137,7 @@ TABLES = {
     "ddp": lambda: ddp(read("ddp")),
     "cutting": lambda: cutting(read("speed")),
     "benchmark": benchmark,
+    "methods": methods,
     "families": families,
 }
 

@@ -12,8 +12,9 @@ from .top import TokenBins, ToP
 
 @dataclass(frozen=True)
 class Compose(GatedMethod):
-    """Prune weights and tokens at once. Nobody has to say how much comes from which: the gates of both are held to one budget
-    and start in the order of what each is worth per MAC.
+    """Prune weights and tokens at once, under one budget that shares itself out.
+
+    Nobody has to say how much comes from which: the gates of both start in the order of what each is worth per MAC.
 
     Args:
         weights: a `StructuredPruning`; only its `parts` count.
