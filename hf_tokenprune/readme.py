@@ -90,6 +90,7 @@ def write_card(
     append: bool = False,
     plot: bool = False,
     repo_id: str | None = None,
+    license: str | None = None,
 ) -> bool:
     """Write the card of a saved token-pruned model to its README.md, or bring up to date the section that is there.
 
@@ -100,6 +101,7 @@ def write_card(
         append: also add the section to a README.md that has none.
         plot: draw `tokens_per_layer.png`, if matplotlib is installed.
         repo_id: where it is to be found on the Hub.
+        license: of the weights, as the Hub names it.
 
     Returns:
         False if a person wrote README.md: it stays as it is.
@@ -111,7 +113,7 @@ def write_card(
     picture = draw(evaluation) if plot and evaluation else None
     card = make_card(
         read_folder(folder), code_of(folder), evaluation, name=name_of(repo_id or folder), repo_id=repo_id,
-        base_model=base_model, plot=PLOT if picture else None, sentence_class=sentence_class_of(folder),
+        base_model=base_model, license=license, plot=PLOT if picture else None, sentence_class=sentence_class_of(folder),
     )  # fmt: skip
     file = folder / FILE
     text = update(card, file.read_text(encoding="utf-8") if file.exists() else None, append)

@@ -8,11 +8,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from files import write_text
 from tqdm import tqdm
 
 import hf_tokenprune as tp
-from hf_tokenprune.model_card import FILE, PLOT, code_of, draw, make_card, read_folder
+from hf_tokenprune.readme import write_card
 from hf_tokenprune.results import read_results
 from hf_tokenprune.writing import write_file
 
@@ -37,21 +36,15 @@ def main(arguments=None):
 
 def write(folder, results, output):
     """The card of one model, next to its plot and config."""
-    evaluation = read_results(results)
-    picture = draw(evaluation)
+    place = output / folder.name
+    place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as new:
         tp.from_pretrained(folder).save_pretrained(new)  # with the code as it is now
-        name = f"{BASE.rpartition('/')[2]}-{folder.name}"
-        card = make_card(
-            read_folder(Path(new)), code_of(Path(new)), evaluation, name=name, repo_id=f"user/{name}", base_model=BASE,
-            license=LICENSE, plot=PLOT if picture else None,
-        )  # fmt: skip
-        config = (Path(new) / "config.json").read_text()
-    place = output / folder.name
-    write_text(place / FILE, str(card))
-    write_text(place / "config.json", config)
-    if picture:
-        write_file(place / PLOT, picture)
+        repo_id = f"user/{BASE.rpartition('/')[2]}-{folder.name}"
+        write_card(new, read_results(results), base_model=BASE, license=LICENSE, plot=True, repo_id=repo_id)
+        for name in ("README.md", "config.json", "tokens_per_layer.png"):
+            if (Path(new) / name).exists():
+                write_file(place / name, (Path(new) / name).read_bytes())
 
 
 if __name__ == "__main__":
