@@ -262,7 +262,7 @@ TASKS = {
         ),
         SpanAnswers(
             name="squad", hub=("rajpurkar/squad",), columns=("question", "context"), max_length=384, report="validation",
-            group="title", train_limit=3_000, eval_limit=1_500, learning_rates=(2e-4,), bench_texts=16,
+            group="title", train_limit=3_000, eval_limit=1_500, learning_rates=(2e-4,), batch_size=16, bench_texts=16,
         ),
     )
 }  # fmt: skip
