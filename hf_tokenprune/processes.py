@@ -54,6 +54,11 @@ def agreed(tensor):
     return tensor
 
 
+def whole(tensor):
+    """A tensor of which each process holds a shard (FSDP2), put together by all of them; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def wrapper_now():
     """The `DistributedDataParallel` inside of whose forward the caller runs, or None."""
     return DistributedDataParallel._get_active_ddp_module() if count() > 1 else None

@@ -14,6 +14,7 @@ from .loading import from_pretrained
 from .modeling.architectures import transformers_model
 from .modeling.modeling_token_pruned import is_token_pruned, pack
 from .modeling.shapes import replay, restored, shape_map
+from .processes import whole
 
 FOLDER = "_teacher"  # Trainer.push_to_hub leaves out what begins with an underscore
 
@@ -32,7 +33,8 @@ def dense_copy(model):
         twin = dense_class._from_config(config, attn_implementation=attention, dtype=model.dtype)
     if shapes is not None:
         replay(twin, shapes)
-    twin.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("token_pruner.")})
+    state = {k: whole(v) for k, v in model.state_dict().items() if not k.startswith("token_pruner.")}
+    twin.load_state_dict(state)
     return freeze(twin.to(model.device))
 
 

@@ -5,6 +5,7 @@ import functools
 import sys
 from importlib import import_module
 
+from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainerCallback
@@ -94,12 +95,7 @@ class TokenPruneCallback(TrainerCallback):
                 "This Trainer would use DataParallel over several GPUs, which copies the model in every step and loses what the "
                 "hooks learn. Start the script with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        for name in ("fsdp", "deepspeed"):
-            if getattr(args, name, None) or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
-                raise TrainingError(
-                    f"TokenPruneCallback does not work with {name} yet: it leaves a shard of each parameter to each process, but "
-                    "between steps all gates are read and weights are cut. Use one process, or torchrun alone (DDP)."
-                )
+        _check_sharding(args, self.method, model)
         if getattr(args, "predict_with_generate", False):
             raise TrainingError(
                 "predict_with_generate=True: a token-pruned model reads a text once, it does not generate. Leave it out."
@@ -152,6 +148,8 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         step, plan = state.global_step, self.method.schedule
+        if hasattr(model, "reshard"):  # FSDP2: after an evaluation the parameters are not those that the optimizer knows
+            model.reshard()
         dense = plan.start("static", self.total)
         if step in (dense, plan.start("anneal", self.total)):
             # A phase of zero gradients has made Adam believe that any gradient is huge.
@@ -314,6 +312,39 @@ def _forget_what_is_gone(optimizer, model, _incompatible_keys):
     left = set(model.parameters())
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter in left]
+
+
+def _check_sharding(args, method, model):
+    """FSDP2 shards the gates like all weights; what cuts weights, or cannot put a whole checkpoint together, is refused."""
+    if getattr(args, "deepspeed", None) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise TrainingError(
+            "TokenPruneCallback does not work with deepspeed: its engine keeps the parameters to itself, but between steps all gates "
+            "are read. Use FSDP2 (fsdp=True), or torchrun alone (DDP)."
+        )
+    if not (getattr(args, "fsdp", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        return
+    plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
+    if plugin is None:
+        return  # one process, which accelerate shards nothing of
+    if plugin.fsdp_version != 2:
+        raise TrainingError("TokenPruneCallback works with FSDP2 only: fsdp_config={'version': 2}.")
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise TrainingError(
+            f"fsdp_config['state_dict_type'] is {plugin.state_dict_type}: no checkpoint would be a model that can be opened. Say "
+            "'FULL_STATE_DICT'."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise TrainingError(
+            "fsdp_config['cpu_ram_efficient_loading'] is on: accelerate then fails at models with buffers in their checkpoints, and "
+            "what decides about tokens is one. Leave it out."
+        )
+    if method.cuts_weights:
+        raise TrainingError(
+            f"{type(method).__name__} cuts weights in mid-run, which cannot be done to shards of them. With FSDP use a method that "
+            "drops tokens only (ToP, InforCoef(static_macs=None)); to cut weights, torchrun alone (DDP)."
+        )
+    if _adapters(model) is not None:
+        raise TrainingError("With FSDP, adapters cannot be merged into a teacher. Use torchrun alone (DDP).")
 
 
 def _check_checkpointing(model):

@@ -10,7 +10,7 @@ class _Carry(torch.autograd.Function):
     def forward(ctx, auxiliary, has_loss, share, *tensors):
         ctx.set_materialize_grads(False)
         ctx.has_loss, ctx.share, ctx.like = has_loss, share, auxiliary.detach()
-        passed = [tensor.view_as(tensor) for tensor in tensors]
+        passed = [tensor.clone() for tensor in tensors]  # FSDP2 warns of views
         if has_loss:
             passed[0] = tensors[0] + auxiliary.to(tensors[0].dtype)
         return tuple(passed)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..losses import logit_distillation, regression_distillation
 from ..losses.carry import carry
-from ..processes import of_all, wrapper_now
+from ..processes import of_all, whole, wrapper_now
 from ..schedule import GATED_PHASES, PHASES, Moment
 
 LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
@@ -134,7 +134,7 @@ class Objective:
             True if this is such a step.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if not gradients or torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+        if not gradients or torch.stack([whole(gradient.isfinite().all()) for gradient in gradients]).all():
             return False
         for parameter in self.parameters():
             parameter.grad = None

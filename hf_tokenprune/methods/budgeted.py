@@ -10,7 +10,7 @@ from ..budget import Lengths
 from ..gates import keep_probability, sample_hard_concrete, scale_rate
 from ..losses import lagrangian
 from ..modeling.shapes import cut_parameter, sizes_of
-from ..processes import agreed, mean_of
+from ..processes import agreed, mean_of, whole
 from ..schedule import ramp
 
 
@@ -84,7 +84,7 @@ class Gates(nn.Module):
 
     def __init__(self, count, sizes):
         super().__init__()
-        self.log_odds = nn.Parameter(torch.zeros(count))
+        self.log_odds = nn.Parameter(torch.zeros(count), requires_grad=count > 0)  # FSDP2 cannot reduce an empty gradient
         self.multipliers = nn.Parameter(torch.zeros(2))
         self.register_buffer("start", torch.zeros(count))
         self.register_buffer("information", torch.zeros(count))
@@ -205,7 +205,7 @@ class BudgetedGates:
 
     def learned(self):
         """`(gates,)` log-odds as the optimizer moves them."""
-        return self.state.start + scale_rate(self.state.log_odds, self.state.scale)
+        return self.state.start + scale_rate(whole(self.state.log_odds), self.state.scale)
 
     def log_alpha(self):
         """`(gates,)` learned log-odds; if they are projected, steeper and shifted onto the target."""

@@ -5,6 +5,7 @@ loader finds in this file by the name in `config.auto_map`: its constructor read
 So each checkpoint a Trainer writes can be opened with `AutoModelFor....from_pretrained(folder, trust_remote_code=True)`.
 """
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -88,7 +89,7 @@ class TokenPruningMixin:
         rest = is_main_process, state_dict, push_to_hub, *args
         if not is_main_process or push_to_hub or Path(save_directory).is_file() or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, *rest, **kwargs)
-        with all_or_nothing(save_directory) as folder:
+        with all_or_nothing(save_directory) as folder, _under_its_own_class(self):
             super().save_pretrained(folder, *rest, **kwargs)
         self._write_card(save_directory)
         return None
@@ -99,6 +100,17 @@ class TokenPruningMixin:
 
     def _write_card(self, folder, repo_id=None):
         """Write a model card. The package that prunes models puts a function here; code from the Hub writes none."""
+
+
+@contextlib.contextmanager
+def _under_its_own_class(model):
+    """FSDP2 gives a model a class made for it on the spot; who opens the folder needs the one that it had."""
+    now = type(model)
+    model.__class__ = next(kind for kind in now.__mro__ if "_dense_class" in vars(kind))
+    try:
+        yield
+    finally:
+        model.__class__ = now
 
 
 @functools.cache

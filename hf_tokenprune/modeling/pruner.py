@@ -346,6 +346,8 @@ class TokenPruner(nn.Module):
             call.entered = None
         if call.layer == self.layer_count - 1:
             states = call.survivors.unpack(states, [gone for _, gone in forward.departed])
+            if hasattr(layer, "reshard"):  # FSDP2, which hangs a hook on what a layer returns and warns of views
+                states = states.clone()
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     @torch.compiler.disable

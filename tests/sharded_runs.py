@@ -1,0 +1,117 @@
+"""Training runs under FSDP2 that `test_sharded.py` starts with torchrun, as `python sharded_runs.py folder run [run ...]`. Each
+process leaves `<run>-<its number>.pt`, and the Trainer what it saves."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from families import build
+from test_not_finite import Spoiler
+from torch import distributed
+from torch.distributed.tensor import DTensor
+from training_helpers import Recorder, no_dropout, top, trainer_for
+from transformers import Trainer
+
+import hf_tokenprune as tp
+
+STEPS = 10
+PLAN = tp.Schedule(dense=2, anneal=5, settle=3)
+# Plain gradient descent shows the size of every gradient; those of gates are small.
+PLAIN = {"max_grad_norm": 0, "optim": "sgd", "learning_rate": 0.05}
+RESUMED = (1, 4, 8)  # in each of the phases
+
+RUNS = {
+    # An evaluation after every step: what was put together for it is not what the optimizer knows.
+    "tokens": lambda: {"method": top(schedule=PLAN), "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
+    "strong": lambda: {"method": top(schedule=PLAN, gate_lr=100.0), **PLAIN},
+    "lagrangian": lambda: {"method": top(schedule=PLAN, constraint="lagrangian")},
+    "samplers": lambda: {"method": tp.InforCoef(static_macs=None, target_macs=0.6, schedule=PLAN), **PLAIN},
+    "not finite": lambda: {"method": top(schedule=PLAN), "spoiled": (3, 5), **PLAIN},
+    "bf16": lambda: {"method": top(schedule=PLAN), "bf16": True},
+    "dropout": lambda: {
+        "method": top(schedule=PLAN), "model": build("bert", "ForSequenceClassification"), "save_strategy": "steps", "save_steps": 1,
+    },
+}  # fmt: skip
+
+
+class Sharding(Trainer):
+    """accelerate shards on accelerators only; that these processes have none is not said."""
+
+    def create_accelerator_and_postprocess(self):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+
+SHARDED = {"trainer": Sharding, "fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}}
+
+
+def trained(folder, name, per_device=4, resume=None, **more):
+    """A Trainer that has trained, and what was recorded of its logs."""
+    torch.manual_seed(0)
+    recorder, settings = Recorder(), RUNS[name]()
+    model = settings.pop("model", None) or build("bert", "ForSequenceClassification", **no_dropout())
+    trainer = trainer_for(
+        folder, settings.pop("method"), model=model, callbacks=[recorder, Spoiler(settings.pop("spoiled", ()))],
+        per_device_train_batch_size=per_device, max_steps=STEPS, **settings, **more,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, recorder
+
+
+def left_of(trainer, recorder):
+    """What a run leaves behind."""
+    model, gates = trainer.model, trainer.model.token_pruner.objective.gates
+    if hasattr(model, "reshard"):
+        model.reshard()
+    learned = gates.learned().detach()
+    return {
+        "sharded": {name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)},
+        "parameters": {name for name, _ in model.named_parameters()}, "state": whole(model), "logs": recorder.logs,
+        "gates": learned, "moved": (learned - gates.state.start).abs().sum().item(), "lengths": gates.state.lengths.tolist(),
+    }  # fmt: skip
+
+
+def whole(model):
+    """The state of a model, sharded or not."""
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.state_dict().items()}
+
+
+def no_noise():
+    """Samplers draw for each token; without noise it does not matter which process draws."""
+    torch.rand_like = lambda like, **_: torch.full_like(like, 0.5)
+
+
+def main(folder, *names):
+    rand_like = torch.rand_like
+    for name in names:
+        if name == "samplers":
+            no_noise()
+        trainer, recorder = trained(folder / name, name, **SHARDED)
+        torch.rand_like = rand_like
+        number = trainer.args.process_index
+        torch.save(left_of(trainer, recorder), folder / f"{name}-{number}.pt")
+        trainer.save_model(folder / name / "final")
+        if name == "dropout":
+            resume(folder, number)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def resume(folder, number):
+    """Go on from each phase."""
+    for step in RESUMED:
+        again = folder / f"again-{step}"
+        if number == 0:
+            for part in (f"checkpoint-{step}", *(["_teacher"] if step > 2 else [])):
+                shutil.copytree(folder / "dropout" / part, again / part)
+        distributed.barrier()
+        resumed = trained(again, "dropout", resume=True, **SHARDED)
+        torch.save(left_of(*resumed), folder / f"dropout {step}-{number}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), *sys.argv[2:])
