@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow lint format
+.PHONY: install demo test test-slow test-deepspeed lint format
 
 install: $(STAMP)
 
@@ -22,6 +22,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+test-deepspeed: $(STAMP)
+	DS_BUILD_OPS=0 $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt deepspeed
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/test_deepspeed.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

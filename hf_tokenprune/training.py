@@ -5,8 +5,6 @@ import functools
 import sys
 from importlib import import_module
 
-from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
@@ -20,6 +18,7 @@ from .modeling.architectures import transformers_model
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
 from .processes import total_of
 from .results import evaluation_of_log
+from .sharding import check_sharding, guard, has_engine, reshard
 from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
 from .trainer_card import complete, follow
 
@@ -58,6 +57,7 @@ class TokenPruneCallback(TrainerCallback):
         self.told = False
         self.meters = {}
         self.watch = None
+        self.guards = []
 
     def attach(self, model):
         """Prepare a model. The Trainer's constructor does it through this callback; call it yourself where the optimizer is made
@@ -95,7 +95,7 @@ class TokenPruneCallback(TrainerCallback):
                 "This Trainer would use DataParallel over several GPUs, which copies the model in every step and loses what the "
                 "hooks learn. Start the script with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        _check_sharding(args, self.method, model)
+        check_sharding(args, self.method, adapters=_adapters(model) is not None)
         if getattr(args, "predict_with_generate", False):
             raise TrainingError(
                 "predict_with_generate=True: a token-pruned model reads a text once, it does not generate. Leave it out."
@@ -120,7 +120,9 @@ class TokenPruneCallback(TrainerCallback):
         if self.watch is not None:
             self.watch.remove()
         _check_checkpointing(model)
+        reshard(model)
         group = _group_of(optimizer, self.objective.parameters())
+        self.guards = guard(self.objective.parameters()) if has_engine(optimizer) else []
         self.total = state.max_steps
         steps = self.method.schedule.steps(self.total)
         dense = steps["dense"]
@@ -148,8 +150,7 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         step, plan = state.global_step, self.method.schedule
-        if hasattr(model, "reshard"):  # FSDP2: after an evaluation the parameters are not those that the optimizer knows
-            model.reshard()
+        reshard(model)
         dense = plan.start("static", self.total)
         if step in (dense, plan.start("anneal", self.total)):
             # A phase of zero gradients has made Adam believe that any gradient is huge.
@@ -229,6 +230,8 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None
+        for handle in self.guards:
+            handle.remove()
         if args.load_best_model_at_end and state.best_global_step:
             best = [number for number, entry in enumerate(state.log_history) if entry.get("step") == state.best_global_step]
             best = [number for number in best if "eval_runtime" in state.log_history[number]]
@@ -314,39 +317,6 @@ def _forget_what_is_gone(optimizer, model, _incompatible_keys):
         group["params"] = [parameter for parameter in group["params"] if parameter in left]
 
 
-def _check_sharding(args, method, model):
-    """FSDP2 shards the gates like all weights; what cuts weights, or cannot put a whole checkpoint together, is refused."""
-    if getattr(args, "deepspeed", None) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise TrainingError(
-            "TokenPruneCallback does not work with deepspeed: its engine keeps the parameters to itself, but between steps all gates "
-            "are read. Use FSDP2 (fsdp=True), or torchrun alone (DDP)."
-        )
-    if not (getattr(args, "fsdp", None) or parse_flag_from_env("ACCELERATE_USE_FSDP")):
-        return
-    plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
-    if plugin is None:
-        return  # one process, which accelerate shards nothing of
-    if plugin.fsdp_version != 2:
-        raise TrainingError("TokenPruneCallback works with FSDP2 only: fsdp_config={'version': 2}.")
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise TrainingError(
-            f"fsdp_config['state_dict_type'] is {plugin.state_dict_type}: no checkpoint would be a model that can be opened. Say "
-            "'FULL_STATE_DICT'."
-        )
-    if plugin.cpu_ram_efficient_loading:
-        raise TrainingError(
-            "fsdp_config['cpu_ram_efficient_loading'] is on: accelerate then fails at models with buffers in their checkpoints, and "
-            "what decides about tokens is one. Leave it out."
-        )
-    if method.cuts_weights:
-        raise TrainingError(
-            f"{type(method).__name__} cuts weights in mid-run, which cannot be done to shards of them. With FSDP use a method that "
-            "drops tokens only (ToP, InforCoef(static_macs=None)); to cut weights, torchrun alone (DDP)."
-        )
-    if _adapters(model) is not None:
-        raise TrainingError("With FSDP, adapters cannot be merged into a teacher. Use torchrun alone (DDP).")
-
-
 def _check_checkpointing(model):
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
@@ -362,6 +332,8 @@ def _group_of(optimizer, parameters):
     Raises:
         TrainingError: it holds none of them.
     """
+    if has_engine(optimizer):  # it has copied them
+        return optimizer.param_groups[0]
     wanted = {id(parameter) for parameter in parameters}
     held = [group for group in optimizer.param_groups if wanted & {id(p) for p in group["params"]}]
     if not held:

@@ -1,5 +1,6 @@
-"""Training runs under FSDP2 that `test_sharded.py` starts with torchrun, as `python sharded_runs.py folder run [run ...]`. Each
-process leaves `<run>-<its number>.pt`, and the Trainer what it saves."""
+"""Training runs under FSDP2 or DeepSpeed that `test_sharded.py` and `test_deepspeed.py` start with torchrun, as
+`python sharded_runs.py folder fsdp|deepspeed run [run ...]`. Each process leaves `<run>-<its number>.pt`, and the Trainer what it
+saves."""
 
 import shutil
 import sys
@@ -23,6 +24,8 @@ PLAN = tp.Schedule(dense=2, anneal=5, settle=3)
 PLAIN = {"max_grad_norm": 0, "optim": "sgd", "learning_rate": 0.05}
 RESUMED = (1, 4, 8)  # in each of the phases
 
+LATER = tp.Schedule(dense=0, anneal=6, settle=4)
+
 RUNS = {
     # An evaluation after every step: what was put together for it is not what the optimizer knows.
     "tokens": lambda: {"method": top(schedule=PLAN), "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
@@ -31,6 +34,12 @@ RUNS = {
     "samplers": lambda: {"method": tp.InforCoef(static_macs=None, target_macs=0.6, schedule=PLAN), **PLAIN},
     "not finite": lambda: {"method": top(schedule=PLAN), "spoiled": (3, 5), **PLAIN},
     "bf16": lambda: {"method": top(schedule=PLAN), "bf16": True},
+    "tokens, dense before": lambda: {"method": top(schedule=LATER)},
+    "strong, dense before": lambda: {"method": top(schedule=LATER, gate_lr=100.0), **PLAIN},
+    "bf16, dense before": lambda: {"method": top(schedule=LATER), "bf16": True},
+    "dropout, dense before": lambda: {
+        "method": top(schedule=LATER), "model": build("bert", "ForSequenceClassification"), "save_strategy": "steps", "save_steps": 1,
+    },
     "dropout": lambda: {
         "method": top(schedule=PLAN), "model": build("bert", "ForSequenceClassification"), "save_strategy": "steps", "save_steps": 1,
     },
@@ -45,13 +54,21 @@ class Sharding(Trainer):
         super().create_accelerator_and_postprocess()
 
 
-SHARDED = {"trainer": Sharding, "fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}}
+WAYS = {
+    "fsdp": {"trainer": Sharding, "fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}},
+    "deepspeed": {
+        "deepspeed": {
+            "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "bf16": {"enabled": "auto"},
+            **dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping"), "auto"),
+        }
+    },
+}  # fmt: skip
 
 
-def trained(folder, name, per_device=4, resume=None, **more):
+def trained(folder, name, way=None, per_device=4, resume=None, **more):
     """A Trainer that has trained, and what was recorded of its logs."""
     torch.manual_seed(0)
-    recorder, settings = Recorder(), RUNS[name]()
+    recorder, settings, more = Recorder(), RUNS[name](), {**more, **WAYS.get(way, {})}
     model = settings.pop("model", None) or build("bert", "ForSequenceClassification", **no_dropout())
     trainer = trainer_for(
         folder, settings.pop("method"), model=model, callbacks=[recorder, Spoiler(settings.pop("spoiled", ()))],
@@ -84,32 +101,38 @@ def no_noise():
     torch.rand_like = lambda like, **_: torch.full_like(like, 0.5)
 
 
-def main(folder, *names):
+def main(folder, way, *names):
     rand_like = torch.rand_like
     for name in names:
         if name == "samplers":
             no_noise()
-        trainer, recorder = trained(folder / name, name, **SHARDED)
+        trainer, recorder = trained(folder / name, name, way)
         torch.rand_like = rand_like
         number = trainer.args.process_index
         torch.save(left_of(trainer, recorder), folder / f"{name}-{number}.pt")
         trainer.save_model(folder / name / "final")
-        if name == "dropout":
-            resume(folder, number)
+        if name.startswith("dropout"):
+            resume(folder, way, name, number)
+    if way == "deepspeed":
+        try:
+            trained(folder / "refused", "tokens", way)
+        except tp.errors.TrainingError as error:
+            (folder / "refused.txt").write_text(str(error))
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def resume(folder, number):
+def resume(folder, way, name, number):
     """Go on from each phase."""
     for step in RESUMED:
         again = folder / f"again-{step}"
         if number == 0:
-            for part in (f"checkpoint-{step}", *(["_teacher"] if step > 2 else [])):
-                shutil.copytree(folder / "dropout" / part, again / part)
+            for part in (f"checkpoint-{step}", "_teacher"):
+                if (folder / name / part).exists():
+                    shutil.copytree(folder / name / part, again / part)
         distributed.barrier()
-        resumed = trained(again, "dropout", resume=True, **SHARDED)
-        torch.save(left_of(*resumed), folder / f"dropout {step}-{number}.pt")
+        resumed = trained(again, name, way, resume=True)
+        torch.save(left_of(*resumed), folder / f"{name} {step}-{number}.pt")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"modeling"},
     {"errors", "precision", "writing"},
-    {"cost", "depth", "gates", "losses", "schedule", "loading", "processes"},
+    {"cost", "depth", "gates", "losses", "schedule", "loading", "processes", "sharding"},
     {"budget", "checkpoints", "structure", "surgery", "teacher"},
     {"methods"},
     {"training"},

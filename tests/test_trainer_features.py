@@ -241,16 +241,3 @@ def test_data_parallel_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     with pytest.raises(tp.errors.TrainingError, match=r"DataParallel.*torchrun"):
         trainer_for(tmp_path, top())
-
-
-@pytest.mark.parametrize("way", ["argument", "accelerate launch"])
-def test_deepspeed_is_refused(tmp_path, monkeypatch, way):
-    trainer = trainer_for(tmp_path)
-    if way == "argument":
-        monkeypatch.setattr(trainer.args, "deepspeed", "something", raising=False)
-    else:
-        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    callback, before = tp.TokenPruneCallback(top()), type(trainer.model)
-    with pytest.raises(tp.errors.TrainingError, match=r"deepspeed.*FSDP2.*torchrun"):
-        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    assert type(trainer.model) is before
