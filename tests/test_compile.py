@@ -65,6 +65,19 @@ def test_a_compiled_model_gives_the_same(name):
                 assert sum(model.token_pruner.trace[-1].entered) < 0.6 * batch["attention_mask"].sum()
 
 
+def test_models_of_one_family_do_not_share_what_differs():
+    """Dense, packed, and dropping tokens at different sites, side by side, each with weights of its own."""
+    makers = (*MODELS.values(), lambda: tp.attach(build("bert", HEAD), {2: tp.TopK(0.3)}), lambda: build("bert", HEAD))
+    models = [make().eval() for make in makers]
+    with torch.no_grad():
+        expected = [[model(**batch).logits for batch in batches()] for model in models]
+        compiled = [torch.compile(model, backend="eager") for model in models]
+        for _ in range(2):
+            for model, words in zip(compiled, expected, strict=True):
+                for batch, logits in zip(batches(), words, strict=True):
+                    torch.testing.assert_close(model(**batch).logits, logits, atol=1e-6, rtol=0)
+
+
 def test_code_is_compiled_anew_when_hooks_come_or_go():
     """torch uses the code of a module for all modules like it, and does not look whether their hooks are the same."""
     inputs, model = make_inputs("bert", HEAD), build("bert", HEAD, num_hidden_layers=2).eval()
