@@ -74,15 +74,18 @@ def test_bundles_stay_small(monkeypatch):
     assert [len(lengths) for _, lengths in batch_of([10] * 5, 12).bundles(0.2)] == [2, 2, 1]
 
 
-def slow_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What torch documents of `varlen_attn`, one sequence at a time."""
+def slow_kernel(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), enable_gqa=False, return_aux=None
+):
+    """What torch documents of `varlen_attn`, one sequence at a time; logs of sums as its kernel gives them, `(heads, T)`."""
     assert query.is_contiguous()
+    assert query.shape[2] == key.shape[2] == value.shape[2]
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert len(cu_seq_q) == len(cu_seq_k)
     assert (query.shape[1] != key.shape[1]) == enable_gqa
     sizes = [ends.diff().tolist() for ends in (cu_seq_q, cu_seq_k)]
     assert (max(sizes[0]), max(sizes[1])) == (max_q, max_k)
-    out = []
+    out, logs = [], []
     for q, k, v in zip(query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
@@ -91,9 +94,10 @@ def slow_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
         seen = torch.ones_like(apart, dtype=torch.bool)
         seen = seen if left < 0 else seen & (apart >= -left)
         seen = seen if right < 0 else seen & (apart <= right)
-        shares = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        out.append(torch.einsum("hqk,khd->qhd", shares, v.float()).to(q.dtype))
-    return torch.cat(out)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        logs.append(scores.logsumexp(-1))
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.float()).to(q.dtype))
+    return torch.cat(out) if return_aux is None else (torch.cat(out), torch.cat(logs, 1))
 
 
 @pytest.fixture
@@ -123,12 +127,36 @@ def test_the_kernel_is_called_right(kernel, monkeypatch, causal, window, asks):
     torch.testing.assert_close(by_kernel, otherwise, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("strength", [1.0, 20.0])
+def test_importance_without_the_matrices_of_attention(kernel, monkeypatch, strength):
+    """Also where attention is sharp, so that the sums of different queries are many orders of magnitude apart."""
+    torch.manual_seed(0)
+    batch = batch_of()
+    q, k, v = heads(batch.total, torch.bfloat16)
+    q = q * strength * torch.rand(1, 4, batch.total, 1)
+    with torch.no_grad():
+        q = q.bfloat16()
+        context, received = attention.packed_attention(q, k, v, batch, importance=True)
+        assert len(kernel) == 2
+        monkeypatch.setattr(varlen, "varlen_attn", None)
+        otherwise, expected = attention.packed_attention(*(x.float() for x in (q, k, v)), batch, importance=True)
+    torch.testing.assert_close(context.float(), otherwise, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(received, expected, rtol=0.01, atol=1e-4)
+    sums = torch.zeros(len(batch.lengths)).index_add(0, batch.sequence_ids, received)
+    torch.testing.assert_close(sums, (torch.tensor(batch.lengths) > 0).float(), rtol=0.01, atol=0)
+
+
 def test_the_kernel_is_left_alone_where_it_would_be_wrong(kernel):
     batch = batch_of()
     thin = batch.select(torch.arange(batch.total)[::2])
     half, full = heads(batch.total, torch.bfloat16), heads(batch.total)
     attention.packed_attention(*full, batch)
-    attention.packed_attention(*half, batch, importance=True)
+    attention.packed_attention(*half, batch, importance=True)  # with gradients
+    with torch.no_grad():
+        attention.packed_attention(*(x.half() for x in half), batch, importance=True)
+        attention.packed_attention(*half, batch.with_weights(torch.ones(batch.total)), importance=True)
+        attention.packed_attention(*half, batch, importance=True, causal=True)
+        attention.packed_attention(*half, batch, importance=True, say=torch.ones(4))
     attention.packed_attention(*half, batch, dropout=0.1)
     attention.packed_attention(*half, batch, causal=True, asking=batch.last_rows)
     attention.packed_attention(*half, batch, window=3, asking=batch.first_rows)
@@ -168,6 +196,21 @@ def test_the_kernel_gives_what_the_cpu_gives(dtype):
     model.cuda().to(dtype)
     found = outputs_of(model, {key: value.cuda() for key, value in inputs.items()})
     torch.testing.assert_close(found["logits"].float().cpu(), expected["logits"], rtol=0.1, atol=0.1)
+
+
+@needs_gpu
+def test_importance_by_the_kernel_is_what_the_matrices_give():
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 200, (32,)).tolist()
+    batch = PackedBatch.from_mask(
+        torch.arange(200)[None].cuda() < torch.tensor(lengths)[:, None].cuda(), batch_size=32, seq_len=200, device="cuda"
+    )
+    q, k, v = (torch.randn(1, count, batch.total, 64, device="cuda", dtype=torch.bfloat16) for count in (4, 2, 2))
+    with torch.no_grad():
+        context, received = attention.packed_attention(q, k, v, batch, importance=True)
+        otherwise, expected = attention.packed_attention(*(x.float() for x in (q, k, v)), batch, importance=True)
+    torch.testing.assert_close(context.float(), otherwise, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(received, expected, rtol=0.02, atol=1e-4)
 
 
 @needs_gpu

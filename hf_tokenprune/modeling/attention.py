@@ -12,7 +12,7 @@ from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .varlen import takes_varlen, varlen
+from .varlen import takes_importance, takes_varlen, varlen, varlen_importance
 
 ATTENTION = "token_pruning"
 WASTE = 0.2  # on CUDA one call with a little padding is faster than many; on a CPU it is not
@@ -129,6 +129,9 @@ def packed_attention(
     if not explicit and takes_varlen(query, batch, dropout=dropout, window=window, causal=causal, asking=asking):
         context = varlen(query, key, value, batch, scaling=scaling, window=window, causal=causal, asking=asking)
         return _everyone(context, asking, total)[None], None
+    if importance and takes_importance(query, batch, dropout=dropout, window=window, causal=causal, asking=asking, say=say):
+        context, received = varlen_importance(query, key, value, batch, scaling=scaling)
+        return context[None], received
     key, value = for_every_head(key, query), for_every_head(value, query)
     if explicit:
         query = query * scaling

@@ -3,9 +3,9 @@
 import torch
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
 except ImportError:  # torch older than 2.10
-    varlen_attn = None
+    AuxRequest = varlen_attn = None
 
 HALF = (torch.float16, torch.bfloat16)
 DEVICE = "cuda"
@@ -27,6 +27,54 @@ def takes_varlen(query, batch, *, dropout, window, causal, asking):
         and (window is None or batch.gapless)
         and (asking is None or (window is None and not causal))
     )
+
+
+def takes_importance(query, batch, *, dropout, window, causal, asking, say):
+    """Can `varlen_importance` do this? It gives no gradient, and its weights need the range of bfloat16."""
+    return (
+        query.dtype == torch.bfloat16
+        and not torch.is_grad_enabled()
+        and not causal
+        and window is None
+        and asking is None
+        and say is None
+        and batch.weights is None
+        and takes_varlen(query, batch, dropout=dropout, window=window, causal=causal, asking=asking)
+    )
+
+
+def varlen_importance(query, key, value, batch, *, scaling):
+    """As `varlen`, and the attention that each token receives, without the matrices of attention ever being there.
+
+    Query `q` gives key `k` the share `exp(s(q, k) - l(q))`, where `l` is the log of the sum over keys, which the kernel gives, too.
+    With queries and keys in each other's place and `exp(-l(q))` as values, the kernel computes the sum over queries of
+    `exp(s(q, k) - L(k)) exp(-l(q))`, and gives `L(k)`: what a key receives is that, times `exp(L(k))`.
+
+    Args:
+        query: `(1, heads, T, head_dim)`.
+        key, value: the same, perhaps of fewer heads.
+        batch, scaling: as for `attention.packed_attention`.
+
+    Returns:
+        `(context, importance)`: `(T, heads, head_dim)` and `(T,)`, mean over heads and queries.
+    """
+    queries, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    heads, groups = queries.shape[1], queries.shape[1] // keys.shape[1]
+    where = batch.ends, batch.ends, max(batch.lengths), max(batch.lengths)
+    more = {"scale": scaling, "return_aux": AuxRequest(lse=True)}
+    context, of_queries = varlen_attn(queries, keys, values, *where, enable_gqa=groups > 1, **more)
+    of_queries = _by_token(of_queries, heads)
+    least = of_queries.amin(0)
+    given = (least - of_queries).exp().to(queries.dtype)[..., None].expand_as(queries).contiguous()
+    keys = keys.repeat_interleave(groups, 1) if groups > 1 else keys
+    sums, of_keys = varlen_attn(keys, queries, given, *where, **more)
+    received = (sums[..., 0].float().log() + _by_token(of_keys, heads) - least).exp().mean(1)
+    return context, received / torch.tensor(batch.lengths, device=query.device)[batch.sequence_ids]
+
+
+def _by_token(logs, heads):
+    """`(T, heads)`. torch documents that, but its kernel gives `(heads, T)`."""
+    return logs.float().transpose(0, 1) if logs.shape[0] == heads else logs.float()
 
 
 def varlen(query, key, value, batch, *, scaling, window=None, causal=False, asking=None):
