@@ -33,8 +33,9 @@ def both(budget, teacher):
 
 
 def infor_coef(budget, teacher):
-    """Nearly all is saved by weights: on the held-out split of STS-B they are what costs nothing to lose."""
-    phases = tp.Schedule(dense=0, static=1, anneal=1, settle=1)
+    """Nearly all is saved by weights, and the longest phase is the one in which the model recovers: on the held-out split of STS-B
+    that costs nothing at 4 times fewer MACs."""
+    phases = tp.Schedule(dense=0, static=2, anneal=0.75, settle=2.25)
     return tp.InforCoef(static_macs=budget**0.95, target_macs=budget, teacher=teacher, schedule=phases)
 
 

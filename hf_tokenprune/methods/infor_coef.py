@@ -52,14 +52,15 @@ class InforCoef(GatedMethod):
         width: units of a sampler's network.
         parts: of the static stage, as for `StructuredPruning`.
         teacher, distill_weight, layer_weight, constraint, gate_lr: as for `ToP`.
-        schedule: by default `Schedule(dense=1, static=1.5, anneal=1.5, settle=1)`, without static phase if there is no `static_macs`.
+        schedule: by default `Schedule(dense=1, static=2, anneal=0.75, settle=2.25)`: weights that were cut want time to recover more
+            than samplers want it to learn. Without `static_macs`, `Schedule(dense=1, anneal=1.5, settle=1)`.
 
     Raises:
         ConfigError: a setting is out of range.
 
     Example:
         >>> InforCoef(static_macs=0.5, target_macs=0.25).schedule.static
-        1.5
+        2
     """
 
     static_macs: float | None = 0.4
@@ -71,8 +72,9 @@ class InforCoef(GatedMethod):
 
     def __post_init__(self):
         if self.schedule is None:
-            static = 0.0 if self.static_macs is None else 1.5
-            object.__setattr__(self, "schedule", Schedule(dense=1.0, static=static, anneal=1.5, settle=1.0))
+            alone = self.static_macs is None
+            plan = Schedule(dense=1, anneal=1.5, settle=1) if alone else Schedule(dense=1, static=2, anneal=0.75, settle=2.25)
+            object.__setattr__(self, "schedule", plan)
         super().__post_init__()
         if self.static_macs is not None and (not is_number(self.static_macs) or not 0 < self.static_macs < 1):
             self.refuse("static_macs", "a share of the dense model's MACs, above 0 and below 1, or None")
