@@ -20,7 +20,9 @@ from torch import nn
 from .errors import UnsupportedInputError, UnsupportedModelError
 from .modeling.architectures import find_encoder, get_layers
 from .modeling.calls import LayerTrace
-from .modeling.shapes import dense_skeleton, has_ffn, shape_map
+from .modeling.configs import dense_skeleton
+from .modeling.shapes import shape_map
+from .modeling.sizes import has_ffn
 
 
 @dataclass(frozen=True)

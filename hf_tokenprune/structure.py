@@ -17,8 +17,9 @@ from torch import nn
 
 from .errors import ConfigError
 from .modeling.architectures import find_encoder, get_layers
+from .modeling.cutting import hidden_dims
 from .modeling.pruner import forget_compiled
-from .modeling.shapes import has_attention, has_ffn, head_size, hidden_dims, sizes_of
+from .modeling.sizes import has_attention, has_ffn, head_size, sizes_of
 
 PARTS = ("hidden", "heads", "units", "blocks")
 
@@ -66,7 +67,7 @@ class Layout:
         return gates[..., self.parts[name]].mean(-1) if name in self.parts else 1.0
 
     def left(self, gates):
-        """What is left where gates are 0 or 1: `(hidden, heads, units)` as `shapes.cut` takes them, `hidden` None for all."""
+        """What is left where gates are 0 or 1: `(hidden, heads, units)` as `cutting.cut` takes them, `hidden` None for all."""
         gates = gates.cpu() > 0.5
 
         def numbers(part, block, layer, count):

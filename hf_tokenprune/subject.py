@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from .errors import ConfigError, TokenPruneError, UnsupportedModelError
 from .loading import from_pretrained
 from .modeling.architectures import find_encoder
+from .modeling.configs import dense_config
 from .modeling.modeling_token_pruned import detach, is_token_pruned, pack
-from .modeling.shapes import dense_config, shape_map
+from .modeling.shapes import shape_map
 
 FILE_TYPES = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 DEFAULT_LENGTH = 128

@@ -18,7 +18,7 @@ def operate(model, *, heads, units, hidden=None, optimizer=None):
         optimizer: a torch optimizer, or accelerate's around one; None if there is none.
 
     Raises:
-        ConfigError, UnsupportedModelError: as `modeling.shapes.cut`.
+        ConfigError, UnsupportedModelError: as `modeling.cutting.cut`.
 
     Example:
         >>> from transformers import BertConfig, BertModel

@@ -12,8 +12,9 @@ from torch import nn
 from .errors import TrainingError
 from .loading import from_pretrained
 from .modeling.architectures import transformers_model
+from .modeling.configs import restored
 from .modeling.modeling_token_pruned import is_token_pruned, pack
-from .modeling.shapes import replay, restored, shape_map
+from .modeling.shapes import replay, shape_map
 from .processes import whole
 
 FOLDER = "_teacher"  # Trainer.push_to_hub leaves out what begins with an underscore

@@ -14,7 +14,7 @@ from training_helpers import Recorder, Texts, no_dropout, top, trainer_for
 from transformers import TrainerCallback
 
 import hf_tokenprune as tp
-from hf_tokenprune.modeling.shapes import sizes_of
+from hf_tokenprune.modeling.sizes import sizes_of
 
 STEPS, SURGERY = 10, 7
 PLAN = tp.Schedule(dense=2, anneal=5, settle=3)

@@ -29,7 +29,7 @@ from training_helpers import Recorder, Rows, Texts, at_home, collate, no_dropout
 import hf_tokenprune as tp
 from hf_tokenprune.cost import dense_macs, trace_macs
 from hf_tokenprune.methods import infor_coef as module
-from hf_tokenprune.modeling.shapes import sizes_of
+from hf_tokenprune.modeling.sizes import sizes_of
 from hf_tokenprune.schedule import Moment
 
 HEAD = "ForSequenceClassification"

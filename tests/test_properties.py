@@ -22,7 +22,8 @@ import hf_tokenprune as tp
 from hf_tokenprune.modeling.architectures import find_encoder, get_layers
 from hf_tokenprune.modeling.modeling_token_pruned import resize
 from hf_tokenprune.modeling.selection import Skim
-from hf_tokenprune.modeling.shapes import shape_map, sizes_of
+from hf_tokenprune.modeling.shapes import shape_map
+from hf_tokenprune.modeling.sizes import sizes_of
 
 # Positions are relative in these, so that it does not matter on which side of a text its padding is.
 EITHER_SIDE = [name for name in FAMILIES if SUMMARY[name] < 0] + ["modernbert", "nomic_bert", "gte", "eurobert"]

@@ -24,9 +24,11 @@ from transformers.utils import logging
 import hf_tokenprune as tp
 from hf_tokenprune import surgery
 from hf_tokenprune.modeling.architectures import find_encoder, get_layers
+from hf_tokenprune.modeling.configs import settle_config
 from hf_tokenprune.modeling.modeling_token_pruned import resize
 from hf_tokenprune.modeling.selection import Skim
-from hf_tokenprune.modeling.shapes import settle_config, shape_map, sizes_of
+from hf_tokenprune.modeling.shapes import shape_map
+from hf_tokenprune.modeling.sizes import sizes_of
 
 HEAD, TOKENS, IMAGES = "ForSequenceClassification", "ForTokenClassification", "ForImageClassification"
 H, A, F = 32, 4, 48  # hidden units, and heads (of 8) and FFN units of each of 4 layers

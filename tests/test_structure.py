@@ -13,7 +13,7 @@ from training_helpers import no_dropout
 import hf_tokenprune as tp
 from hf_tokenprune import structure
 from hf_tokenprune.modeling.modeling_token_pruned import resize
-from hf_tokenprune.modeling.shapes import sizes_of
+from hf_tokenprune.modeling.sizes import sizes_of
 from hf_tokenprune.structure import PARTS, Layout, StructureGates, gated_layer_norm
 
 CASES = [case for case in ALL_CASES if FAMILIES[case[0]].weights]

@@ -11,7 +11,7 @@ from training_helpers import Recorder, Texts, at_home, collate, no_dropout, spen
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 import hf_tokenprune as tp
-from hf_tokenprune.modeling.shapes import sizes_of
+from hf_tokenprune.modeling.sizes import sizes_of
 from hf_tokenprune.schedule import Moment
 
 HEAD = "ForSequenceClassification"

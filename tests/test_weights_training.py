@@ -18,7 +18,7 @@ from hf_tokenprune.cost import CostMeter, layer_shapes
 from hf_tokenprune.gates import keep_probability
 from hf_tokenprune.methods import structured as module
 from hf_tokenprune.modeling.architectures import find_encoder, get_layers
-from hf_tokenprune.modeling.shapes import sizes_of
+from hf_tokenprune.modeling.sizes import sizes_of
 from hf_tokenprune.schedule import Moment
 from hf_tokenprune.surgery import operate
 

@@ -9,7 +9,8 @@ from torch import nn
 from ..budget import Lengths
 from ..gates import keep_probability, sample_hard_concrete, scale_rate
 from ..losses import lagrangian
-from ..modeling.shapes import cut_parameter, sizes_of
+from ..modeling.cutting import cut_parameter
+from ..modeling.sizes import sizes_of
 from ..processes import agreed, mean_of, whole
 from ..schedule import ramp
 

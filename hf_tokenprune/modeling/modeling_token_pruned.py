@@ -19,11 +19,14 @@ except ImportError as error:
     raise ImportError("Token-pruned models need transformers 5.23 or newer: pip install -U transformers") from error
 
 from .architectures import transformers_model
+from .configs import restored, settle_config
+from .cutting import cut
 from .errors import ConfigError, UnsupportedModelError
 from .pruner import TokenPruner
 from .saving import all_or_nothing
 from .selection import SELECTORS, Selector
-from .shapes import MOST_LAYERS, check_shapes, cut, replay, restored, settle_config, shape_map, sizes_of
+from .shapes import MOST_LAYERS, check_shapes, replay, shape_map
+from .sizes import sizes_of
 
 FORMAT_VERSION = 1
 
@@ -307,12 +310,12 @@ def mount(model, pruner, config):
 
 
 def resize(model, *, heads, units, hidden=None, on_cut=None):
-    """Cut a packed or token-pruned model in place down to some of its weights, as `shapes.cut` does, and write the shape map.
+    """Cut a packed or token-pruned model in place down to some of its weights, as `cutting.cut` does, and write the shape map.
 
     Sites of layers that are removed go with them. Hooks and config are those of the smaller model afterwards.
 
     Raises:
-        ConfigError, UnsupportedModelError: as `shapes.cut`; the model is as it was.
+        ConfigError, UnsupportedModelError: as `cutting.cut`; the model is as it was.
     """
     pruner, settings = model.token_pruner, model.config.token_pruning
     pruner.uninstall(model)

@@ -18,7 +18,8 @@ from .errors import ConfigError, UnsupportedInputError
 from .packing import PackedBatch, check_not_empty
 from .padded import after_attention, before_attention, on_probabilities
 from .selection import SELECTORS
-from .shapes import has_attention, shape_map, sizes_of
+from .shapes import shape_map
+from .sizes import has_attention, sizes_of
 
 
 def forget_compiled():

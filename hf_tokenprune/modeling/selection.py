@@ -9,8 +9,8 @@ import math
 import torch
 from torch import nn
 
+from .cutting import cut_parameter
 from .errors import ConfigError
-from .shapes import cut_parameter
 
 SELECTORS = {}
 

@@ -13,7 +13,8 @@ from torch import nn
 from ..cost import Cost, CostMeter, dense_layer_shapes, trace_macs
 from ..depth import Grid, Token, legend
 from ..modeling.modeling_token_pruned import pack
-from ..modeling.shapes import shape_map, sizes_of
+from ..modeling.shapes import shape_map
+from ..modeling.sizes import sizes_of
 from ..subject import check_numbers, contenders, copy_of, cpu_name, open_model, versions
 from ..writing import write_file
 from .history import find_log, read_results
