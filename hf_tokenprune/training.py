@@ -18,7 +18,7 @@ from .modeling.architectures import transformers_model
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
 from .processes import total_of
 from .results import evaluation_of_log
-from .sharding import check_sharding, guard, has_engine, reshard
+from .sharding import check_sharding, has_engine, reshard
 from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
 from .trainer_card import complete, follow
 
@@ -57,7 +57,6 @@ class TokenPruneCallback(TrainerCallback):
         self.told = False
         self.meters = {}
         self.watch = None
-        self.guards = []
 
     def attach(self, model):
         """Prepare a model. The Trainer's constructor does it through this callback; call it yourself where the optimizer is made
@@ -95,7 +94,7 @@ class TokenPruneCallback(TrainerCallback):
                 "This Trainer would use DataParallel over several GPUs, which copies the model in every step and loses what the "
                 "hooks learn. Start the script with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        check_sharding(args, self.method, adapters=_adapters(model) is not None)
+        check_sharding(args, self.method, model, adapters=_adapters(model) is not None)
         if getattr(args, "predict_with_generate", False):
             raise TrainingError(
                 "predict_with_generate=True: a token-pruned model reads a text once, it does not generate. Leave it out."
@@ -122,7 +121,7 @@ class TokenPruneCallback(TrainerCallback):
         _check_checkpointing(model)
         reshard(model)
         group = _group_of(optimizer, self.objective.parameters())
-        self.guards = guard(self.objective.parameters()) if has_engine(optimizer) else []
+        self.objective.sharded = has_engine(optimizer) or hasattr(model, "reshard")
         self.total = state.max_steps
         steps = self.method.schedule.steps(self.total)
         dense = steps["dense"]
@@ -131,7 +130,8 @@ class TokenPruneCallback(TrainerCallback):
                 f"A run of {self.total} steps is too short for {self.method.schedule}: no step is left for 'static'."
             )
         if state.global_step == 0:
-            learning_rate = group.get("initial_lr", group["lr"])
+            # A schedule of DeepSpeed's own has begun already, and does not say where it goes.
+            learning_rate = group.get("initial_lr", args.learning_rate if has_engine(optimizer) else group["lr"])
             if not learning_rate > 0:
                 raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
             self.objective.start_run(learning_rate, steps)
@@ -230,8 +230,6 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None
-        for handle in self.guards:
-            handle.remove()
         if args.load_best_model_at_end and state.best_global_step:
             best = [number for number, entry in enumerate(state.log_history) if entry.get("step") == state.best_global_step]
             best = [number for number in best if "eval_runtime" in state.log_history[number]]

@@ -7,10 +7,11 @@ class _Carry(torch.autograd.Function):
     """Pass tensors through, add `auxiliary` to the first if it is the loss, and hand `auxiliary` its gradient on the way back."""
 
     @staticmethod
-    def forward(ctx, auxiliary, has_loss, share, *tensors):
+    def forward(ctx, auxiliary, has_loss, share, sharded, *tensors):
         ctx.set_materialize_grads(False)
         ctx.has_loss, ctx.share, ctx.like = has_loss, share, auxiliary.detach()
-        passed = [tensor.clone() for tensor in tensors]  # FSDP2 warns of views
+        ctx.kinds = [(x.shape, x.dtype, x.device) for x in tensors] if sharded else None
+        passed = [tensor.clone() if sharded else tensor.view_as(tensor) for tensor in tensors]
         if has_loss:
             passed[0] = tensors[0] + auxiliary.to(tensors[0].dtype)
         return tuple(passed)
@@ -19,10 +20,13 @@ class _Carry(torch.autograd.Function):
     def backward(ctx, *gradients):
         loss = gradients[0] if ctx.has_loss else None
         auxiliary = torch.full_like(ctx.like, float(ctx.share())) if loss is None else loss.to(ctx.like.dtype)
-        return (auxiliary, None, None, *gradients)
+        if ctx.kinds is not None:
+            kinds = zip(gradients, ctx.kinds, strict=True)
+            gradients = [torch.zeros(k[0], dtype=k[1], device=k[2]) if g is None else g for g, k in kinds]
+        return (auxiliary, None, None, None, *gradients)
 
 
-def carry(outputs, auxiliary, *, has_loss, share):
+def carry(outputs, auxiliary, *, has_loss, share, sharded=False):
     """Make the gradient of `auxiliary` flow whenever something is computed from `outputs` and back-propagated.
 
     Where the caller uses the model's own loss, `auxiliary` is part of it: it is reported with it and scaled like it. Where the
@@ -35,6 +39,8 @@ def carry(outputs, auxiliary, *, has_loss, share):
         has_loss: the first entry of `outputs` is the model's loss.
         share: callable giving the weight of `auxiliary` where the model's loss is not used, because its scaling is unknown then;
             for instance 1 / accumulation steps.
+        sharded: FSDP2 or DeepSpeed looks on. The one warns of views, so what is passed through is copied; the other wants a gradient
+            of whatever is connected, so outputs that nobody reads get one of zeros.
 
     Returns:
         Outputs of the same type.
@@ -55,7 +61,7 @@ def carry(outputs, auxiliary, *, has_loss, share):
         moving.insert(0, 0)
     if not moving:
         return outputs
-    for i, tensor in zip(moving, _Carry.apply(auxiliary, has_loss, share, *(flat[i] for i in moving)), strict=True):
+    for i, tensor in zip(moving, _Carry.apply(auxiliary, has_loss, share, sharded, *(flat[i] for i in moving)), strict=True):
         flat[i] = tensor
     flat = iter(flat)
     entries = [tuple(next(flat) for _ in entry) if isinstance(entry, (tuple, list)) else next(flat) for entry in entries]

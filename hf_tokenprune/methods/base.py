@@ -63,6 +63,7 @@ class Objective:
         processes: how many share out the labels that `num_items_in_batch` counts.
         loss_scale: callable; what mixed precision multiplies the loss by before its backward.
         measures_gap: in the next forward, compare the soft model with the hard one.
+        sharded: FSDP2 or DeepSpeed has the parameters.
         wrapper: the `DistributedDataParallel` that called the latest forward, or None.
         forwards: the `Forwards` of the running micro-batch.
         readout: what the model's outputs are read for, where the model itself does not know: a callable that makes embeddings
@@ -80,7 +81,7 @@ class Objective:
         self.accumulation = self.processes = 1
         self.loss_scale = lambda: 1.0
         self.measures_gap = False
-        self.wrapper = None
+        self.wrapper, self.sharded = None, False
         self.forwards = Forwards()
         self.readout = None
         self._sums, self._counts = defaultdict(float), defaultdict(int)
@@ -229,12 +230,12 @@ class Objective:
         if of_step is None:
             # The Trainer divides the model's loss itself; one computed from other outputs is divided by nobody we can ask.
             scale = lambda: self.loss_scale() / (self.accumulation * forwards.count)  # noqa: E731
-            return carry(outputs, total, has_loss=loss is not None, share=scale)
+            return carry(outputs, total, has_loss=loss is not None, share=scale, sharded=self.sharded)
         if loss is not None:
             # Many heads of transformers ignore `num_items_in_batch`. A mean, times its part of the labels, is what it asks for.
             outputs["loss"] = loss * of_step
         scale = self.loss_scale if loss is not None else lambda: self.loss_scale() * self.processes
-        return carry(outputs, total * of_step, has_loss=loss is not None, share=scale)
+        return carry(outputs, total * of_step, has_loss=loss is not None, share=scale, sharded=self.sharded)
 
     def _share_of_step(self, model, outputs, kwargs):
         """What part of an optimizer step this micro-batch is, where that can be told: the Trainer gives `num_items_in_batch`,

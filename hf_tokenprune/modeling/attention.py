@@ -102,7 +102,7 @@ def evenly_received(seen, weight=None):
 
 def packed_attention(
     query, key, value, batch, *,
-    dropout=0.0, scaling=None, window=None, causal=False, importance=False, asking=None, say=None,
+    dropout=0.0, scaling=None, window=None, causal=False, importance=False, asking=None, say=None, training=False,
 ):  # fmt: skip
     """Attend within each sequence of a packed batch.
 
@@ -118,6 +118,7 @@ def packed_attention(
             result are zeros. None = all ask.
         say: `(heads,)` how much each head (or each that makes keys and values) counts in the mean over heads, not all 0;
             None = all alike.
+        training: a forward without gradients may be one that is repeated with them, so importance comes about in the same way.
 
     Returns:
         `(context, importance)`: `(1, T, heads, head_dim)` and `(T,)` or None.
@@ -129,7 +130,11 @@ def packed_attention(
     if not explicit and takes_varlen(query, batch, dropout=dropout, window=window, causal=causal, asking=asking):
         context = varlen(query, key, value, batch, scaling=scaling, window=window, causal=causal, asking=asking)
         return _everyone(context, asking, total)[None], None
-    if importance and takes_importance(query, batch, dropout=dropout, window=window, causal=causal, asking=asking, say=say):
+    if (
+        importance
+        and not training
+        and takes_importance(query, batch, dropout=dropout, window=window, causal=causal, asking=asking, say=say)
+    ):
         context, received = varlen_importance(query, key, value, batch, scaling=scaling)
         return context[None], received
     key, value = for_every_head(key, query), for_every_head(value, query)

@@ -96,6 +96,7 @@ class LayerCall:
             dropout=dropout, scaling=scaling, window=window, causal=causal,
             importance=self.needs_importance,
             asking=None if self.watched else self.pooled,
+            training=self.pruner.training,
             say=None if self.pruner.structure is None else self.pruner.structure.say(self.layer),
         )  # fmt: skip
         self.decide(importance)

@@ -21,7 +21,7 @@ except ImportError as error:
 from .architectures import transformers_model
 from .configs import restored, settle_config
 from .cutting import cut
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, TrainingError, UnsupportedModelError
 from .pruner import TokenPruner
 from .saving import all_or_nothing
 from .selection import SELECTORS, Selector
@@ -89,10 +89,13 @@ class TokenPruningMixin:
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`, with the code that opens the folder beside the weights, and all or nothing."""
         check_can_be_saved(self)
+        if state_dict is None and hasattr(self, "reshard"):
+            raise TrainingError("FSDP2 has this model in shards. Save it by trainer.save_model(folder), in all processes.")
         rest = is_main_process, state_dict, push_to_hub, *args
         if not is_main_process or push_to_hub or Path(save_directory).is_file() or kwargs.get("distributed_checkpoint"):
-            return super().save_pretrained(save_directory, *rest, **kwargs)
-        with all_or_nothing(save_directory) as folder, _under_its_own_class(self):
+            with under_its_own_class(self):
+                return super().save_pretrained(save_directory, *rest, **kwargs)
+        with all_or_nothing(save_directory) as folder, under_its_own_class(self):
             super().save_pretrained(folder, *rest, **kwargs)
         self._write_card(save_directory)
         return None
@@ -106,7 +109,7 @@ class TokenPruningMixin:
 
 
 @contextlib.contextmanager
-def _under_its_own_class(model):
+def under_its_own_class(model):
     """FSDP2 gives a model a class made for it on the spot; who opens the folder needs the one that it had."""
     now = type(model)
     model.__class__ = next(kind for kind in now.__mro__ if "_dense_class" in vars(kind))

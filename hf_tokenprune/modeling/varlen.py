@@ -9,6 +9,7 @@ except ImportError:  # torch older than 2.10
 
 HALF = (torch.float16, torch.bfloat16)
 DEVICE = "cuda"
+MORE = 8  # dimensions of a head that the kernel can take in addition; three of them hold a number of full width
 
 
 def takes_varlen(query, batch, *, dropout, window, causal, asking):
@@ -30,15 +31,15 @@ def takes_varlen(query, batch, *, dropout, window, causal, asking):
 
 
 def takes_importance(query, batch, *, dropout, window, causal, asking, say):
-    """Can `varlen_importance` do this? It gives no gradient, and its weights need the range of bfloat16."""
+    """Can `varlen_importance` do this? It gives no gradient."""
     return (
-        query.dtype == torch.bfloat16
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         and not causal
         and window is None
         and asking is None
         and say is None
         and batch.weights is None
+        and query.shape[3] + MORE <= 256
         and takes_varlen(query, batch, dropout=dropout, window=window, causal=causal, asking=asking)
     )
 
@@ -47,8 +48,8 @@ def varlen_importance(query, key, value, batch, *, scaling):
     """As `varlen`, and the attention that each token receives, without the matrices of attention ever being there.
 
     Query `q` gives key `k` the share `exp(s(q, k) - l(q))`, where `l` is the log of the sum over keys, which the kernel gives, too.
-    With queries and keys in each other's place and `exp(-l(q))` as values, the kernel computes the sum over queries of
-    `exp(s(q, k) - L(k)) exp(-l(q))`, and gives `L(k)`: what a key receives is that, times `exp(L(k))`.
+    With queries and keys in each other's place, and `l` taken from the scores by a few more dimensions, the log of the sum over
+    queries is the log of what a key receives. No term is above 1, so nothing overflows, however sharp attention is.
 
     Args:
         query: `(1, heads, T, head_dim)`.
@@ -59,22 +60,25 @@ def varlen_importance(query, key, value, batch, *, scaling):
         `(context, importance)`: `(T, heads, head_dim)` and `(T,)`, mean over heads and queries.
     """
     queries, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    heads, groups = queries.shape[1], queries.shape[1] // keys.shape[1]
+    groups = queries.shape[1] // keys.shape[1]
     where = batch.ends, batch.ends, max(batch.lengths), max(batch.lengths)
     more = {"scale": scaling, "return_aux": AuxRequest(lse=True)}
-    context, of_queries = varlen_attn(queries, keys, values, *where, enable_gqa=groups > 1, **more)
-    of_queries = _by_token(of_queries, heads)
-    least = of_queries.amin(0)
-    given = (least - of_queries).exp().to(queries.dtype)[..., None].expand_as(queries).contiguous()
+    context, logs = varlen_attn(queries, keys, values, *where, enable_gqa=groups > 1, **more)
     keys = keys.repeat_interleave(groups, 1) if groups > 1 else keys
-    sums, of_keys = varlen_attn(keys, queries, given, *where, **more)
-    received = (sums[..., 0].float().log() + _by_token(of_keys, heads) - least).exp().mean(1)
+    givers = torch.cat([queries, _in_parts(logs.transpose(0, 1) / scaling, queries)], -1)
+    takers = torch.cat([keys, keys.new_full((*keys.shape[:2], MORE), -1.0)], -1)
+    _, logs = varlen_attn(takers, givers, givers, *where, **more)
+    received = logs.transpose(0, 1).exp().mean(1)  # the kernel gives `(heads, T)`, whatever torch's documentation says
     return context, received / torch.tensor(batch.lengths, device=query.device)[batch.sequence_ids]
 
 
-def _by_token(logs, heads):
-    """`(T, heads)`. torch documents that, but its kernel gives `(heads, T)`."""
-    return logs.float().transpose(0, 1) if logs.shape[0] == heads else logs.float()
+def _in_parts(numbers, like):
+    """Float32 numbers `(T, heads)` as `(T, heads, MORE)` of the type of `like`, which add up to them."""
+    parts = []
+    for _ in range(3):
+        parts.append(numbers.to(like.dtype))
+        numbers = numbers - parts[-1].float()
+    return torch.stack([*parts, *[torch.zeros_like(parts[0])] * (MORE - 3)], -1)
 
 
 def varlen(query, key, value, batch, *, scaling, window=None, causal=False, asking=None):
