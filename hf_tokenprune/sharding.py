@@ -7,6 +7,7 @@ a step that is not finite by itself.
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from .errors import TrainingError
 from .modeling.architectures import transformers_model
@@ -54,11 +55,12 @@ def _check_fsdp(state, args, _method):
         "cpu_ram_efficient_loading": "accelerate then fails at models with buffers in their checkpoints, and what decides about "
         "tokens is one",
         "activation_checkpointing": "it runs layers again without our knowing. Use gradient_checkpointing=True instead",
-        "cpu_offload": "the gates would be elsewhere than the model that they gate",
     }
     for name, why in refused.items():
         if getattr(plugin, name, None):
             raise TrainingError(f"FSDP's {name} (in accelerate's file: fsdp_{name}) is on: {why}. Leave it out.")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise TrainingError("FSDP's offload_params is on, and the gates would not be where the model is. Leave it out.")
     if args.torch_compile:
         raise TrainingError(
             "torch_compile=True under FSDP2: what the Trainer trains is then another model. Leave one of them out."

@@ -2,6 +2,7 @@
 `python sharded_runs.py folder fsdp|deepspeed run [run ...]`. Each process leaves `<run>-<its number>.pt`, and the Trainer what it
 saves."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from distributed_runs import spoil_states
 from families import build
 from test_not_finite import Spoiler
 from torch import distributed
@@ -17,6 +19,7 @@ from training_helpers import Recorder, no_dropout, top, trainer_for
 from transformers import Trainer
 
 import hf_tokenprune as tp
+from hf_tokenprune import trainer_card
 
 STEPS = 10
 PLAN = tp.Schedule(dense=2, anneal=5, settle=3)
@@ -32,11 +35,17 @@ RUNS = {
     "strong": lambda: {"method": top(schedule=PLAN, gate_lr=100.0), **PLAIN},
     "lagrangian": lambda: {"method": top(schedule=PLAN, constraint="lagrangian")},
     "samplers": lambda: {"method": tp.InforCoef(static_macs=None, target_macs=0.6, schedule=PLAN), **PLAIN},
-    "not finite": lambda: {"method": top(schedule=PLAN), "spoiled": (3, 5), **PLAIN},
+    "not finite": lambda: {"method": top(schedule=PLAN, gate_lr=100.0), "spoiled": (1, 4), **PLAIN},
     "bf16": lambda: {"method": top(schedule=PLAN), "bf16": True},
     "tokens, dense before": lambda: {"method": top(schedule=LATER)},
     "strong, dense before": lambda: {"method": top(schedule=LATER, gate_lr=100.0), **PLAIN},
     "bf16, dense before": lambda: {"method": top(schedule=LATER), "bf16": True},
+    "not finite, dense before": lambda: {"method": top(schedule=LATER, gate_lr=100.0), "spoiled": (3,), **PLAIN},
+    "own schedule, dense before": lambda: {"method": top(schedule=LATER)},
+    "embeddings, dense before": lambda: {
+        "method": top(schedule=LATER, rank_weight=0.0), "model": build("bert", "Model", **no_dropout()),
+        "compute_loss_func": lambda outputs, *_, **__: outputs.last_hidden_state[:, 0].square().mean(), "label_names": ["labels"],
+    },
     "dropout, dense before": lambda: {
         "method": top(schedule=LATER), "model": build("bert", "ForSequenceClassification"), "save_strategy": "steps", "save_steps": 1,
     },
@@ -68,14 +77,28 @@ WAYS = {
 def trained(folder, name, way=None, per_device=4, resume=None, **more):
     """A Trainer that has trained, and what was recorded of its logs."""
     torch.manual_seed(0)
-    recorder, settings, more = Recorder(), RUNS[name](), {**more, **WAYS.get(way, {})}
+    recorder, settings, more = Recorder(look=gates_of), RUNS[name](), {**more, **WAYS.get(way, {})}
+    if way == "deepspeed" and name.startswith("own schedule"):
+        parameters = {"warmup_min_lr": 1e-6, "warmup_max_lr": 1e-3, "warmup_num_steps": "auto"}
+        more["deepspeed"] = {
+            **more["deepspeed"], "scheduler": {"type": "WarmupLR", "params": parameters},
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+        }  # fmt: skip
     model = settings.pop("model", None) or build("bert", "ForSequenceClassification", **no_dropout())
+    spoiler = Spoiler(settings.pop("spoiled", ()))
+    if os.environ.get("RANK") == "1":
+        spoil_states(model, spoiler)
     trainer = trainer_for(
-        folder, settings.pop("method"), model=model, callbacks=[recorder, Spoiler(settings.pop("spoiled", ()))],
+        folder, settings.pop("method"), model=model, callbacks=[recorder, spoiler],
         per_device_train_batch_size=per_device, max_steps=STEPS, **settings, **more,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer, recorder
+
+
+def gates_of(model):
+    """The log-odds as the optimizer moves them."""
+    return model.token_pruner.objective.gates.learned().detach().clone()
 
 
 def left_of(trainer, recorder):
@@ -88,6 +111,7 @@ def left_of(trainer, recorder):
         "sharded": {name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)},
         "parameters": {name for name, _ in model.named_parameters()}, "state": whole(model), "logs": recorder.logs,
         "gates": learned, "moved": (learned - gates.state.start).abs().sum().item(), "lengths": gates.state.lengths.tolist(),
+        "looks": recorder.looks,
     }  # fmt: skip
 
 
@@ -113,6 +137,8 @@ def main(folder, way, *names):
         trainer.save_model(folder / name / "final")
         if name.startswith("dropout"):
             resume(folder, way, name, number)
+            if way == "fsdp":
+                publish(trainer, folder)
     if way == "deepspeed":
         try:
             trained(folder / "refused", "tokens", way)
@@ -120,6 +146,16 @@ def main(folder, way, *names):
             (folder / "refused.txt").write_text(str(error))
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def publish(trainer, folder):
+    """What the Trainer does where it pushes checkpoints, and what a person may try."""
+    if trainer.is_world_process_zero():
+        trainer_card.complete(trainer.model, folder / "dropout" / "pushed")
+    try:
+        trainer.model.save_pretrained(folder / "by hand")
+    except tp.errors.TrainingError as error:
+        (folder / "refused.txt").write_text(str(error))
 
 
 def resume(folder, way, name, number):

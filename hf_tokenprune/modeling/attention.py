@@ -127,14 +127,11 @@ def packed_attention(
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     window = None if window is None or window >= batch.seq_len else window
     explicit = importance or batch.weights is not None or (dropout > 0 and query.device.type == "cpu")
-    if not explicit and takes_varlen(query, batch, dropout=dropout, window=window, causal=causal, asking=asking):
+    options = {"dropout": dropout, "window": window, "causal": causal, "asking": asking}
+    if not explicit and takes_varlen(query, batch, **options):
         context = varlen(query, key, value, batch, scaling=scaling, window=window, causal=causal, asking=asking)
         return _everyone(context, asking, total)[None], None
-    if (
-        importance
-        and not training
-        and takes_importance(query, batch, dropout=dropout, window=window, causal=causal, asking=asking, say=say)
-    ):
+    if importance and say is None and not training and takes_importance(query, batch, **options):
         context, received = varlen_importance(query, key, value, batch, scaling=scaling)
         return context[None], received
     key, value = for_every_head(key, query), for_every_head(value, query)

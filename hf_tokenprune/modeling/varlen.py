@@ -30,14 +30,13 @@ def takes_varlen(query, batch, *, dropout, window, causal, asking):
     )
 
 
-def takes_importance(query, batch, *, dropout, window, causal, asking, say):
+def takes_importance(query, batch, *, dropout, window, causal, asking):
     """Can `varlen_importance` do this? It gives no gradient."""
     return (
         not torch.is_grad_enabled()
         and not causal
         and window is None
         and asking is None
-        and say is None
         and batch.weights is None
         and query.shape[3] + MORE <= 256
         and takes_varlen(query, batch, dropout=dropout, window=window, causal=causal, asking=asking)
