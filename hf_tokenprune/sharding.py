@@ -8,9 +8,12 @@ a step that is not finite by itself.
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers.utils import logging
 
 from .errors import TrainingError
 from .modeling.architectures import transformers_model
+
+logger = logging.get_logger(__name__)
 
 
 def check_sharding(args, method, model, adapters):
@@ -24,8 +27,13 @@ def check_sharding(args, method, model, adapters):
     """
     state = AcceleratorState._shared_state  # without making one
     for name, plugin, check in (("fsdp", "fsdp_plugin", _check_fsdp), ("deepspeed", "deepspeed_plugins", _check_engine)):
-        if not (getattr(args, name, None) or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")) or not state.get(plugin):
-            continue  # where accelerate cannot shard, as on a CPU, it has no plugin
+        if not (getattr(args, name, None) or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")):
+            continue
+        if not state.get(plugin):
+            logger.warning(
+                f"{name} was asked for, but without an accelerator accelerate shards nothing: this is plain DDP, or one process."
+            )
+            continue
         check(AcceleratorState(), args, method)
         if method.cuts_weights:
             raise TrainingError(

@@ -124,7 +124,7 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.sharded = has_engine(optimizer) or hasattr(model, "reshard")
         self.total = state.max_steps
         steps = self.method.schedule.steps(self.total)
-        dense = steps["dense"]
+        dense, self.objective.steps = steps["dense"], steps
         if self.method.schedule.static and not steps["static"]:
             raise TrainingError(
                 f"A run of {self.total} steps is too short for {self.method.schedule}: no step is left for 'static'."
@@ -230,6 +230,7 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None
+        self.objective.end_run()
         if args.load_best_model_at_end and state.best_global_step:
             best = [number for number, entry in enumerate(state.log_history) if entry.get("step") == state.best_global_step]
             best = [number for number in best if "eval_runtime" in state.log_history[number]]

@@ -168,6 +168,30 @@ def test_the_budget_is_met(runs, name):
     assert logged(trainer, "macs_realised")[-1] == pytest.approx(target, abs=0.06)
 
 
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the method warns of."""
+    told = []
+    monkeypatch.setattr(module.logger, "warning", told.append)
+    return told
+
+
+@pytest.mark.parametrize("steps", [32, 100])
+def test_a_short_run_with_the_default_schedule_meets_the_budget(tmp_path, warnings, steps):
+    torch.manual_seed(0)
+    trainer = trainer_for(tmp_path, tp.InforCoef(static_macs=0.5, target_macs=0.35), max_steps=steps)
+    trainer.train()
+    assert trainer.evaluate()["eval_macs_realised"] < 0.39
+    assert not warnings
+
+
+def test_a_missed_budget_is_told(tmp_path, monkeypatch, warnings):
+    monkeypatch.setattr(module.InforCoefObjective, "_rate", lambda *_: 0.0)  # the offset stays where it keeps everything
+    trainer_for(tmp_path, tp.InforCoef(static_macs=0.5, target_macs=0.35), max_steps=32).train()
+    assert len(warnings) == 1
+    assert "target_macs=0.35) was missed: the last batches spent 0.5" in warnings[0]
+
+
 def test_evaluation_is_deterministic_and_tokens_are_gone_in_it(runs):
     trainer, _, _ = runs("stages")
     words = []

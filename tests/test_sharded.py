@@ -16,6 +16,7 @@ from training_helpers import Texts, spent_share, top, trainer_for
 from transformers import AutoModelForSequenceClassification
 
 import hf_tokenprune as tp
+from hf_tokenprune import sharding
 
 FSDP = [name for name in RUNS if "dense before" not in name]
 
@@ -136,6 +137,17 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch, changed, metho
     with pytest.raises(tp.errors.TrainingError, match=message):
         tp.TokenPruneCallback(method()).on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     assert type(trainer.model) is before
+
+
+def test_where_nothing_is_sharded_that_is_said(tmp_path, monkeypatch):
+    """On a CPU, where accelerate falls back to DDP without a word."""
+    told = []
+    monkeypatch.setattr(sharding.logger, "warning", told.append)
+    trainer = trainer_for(tmp_path)
+    monkeypatch.setattr(trainer.args, "fsdp", True)
+    tp.TokenPruneCallback(top()).on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert len(told) == 1
+    assert "plain DDP" in told[0]
 
 
 def test_a_compiled_model_is_not_sharded(tmp_path, monkeypatch):

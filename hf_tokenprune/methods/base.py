@@ -56,6 +56,7 @@ class Objective:
 
     Attributes:
         moment: the phase of the current step, set by the callback.
+        steps: how many steps each phase has, by name.
         teacher: a frozen packed model, or None.
         taught: the teacher's output in the current step, or None.
         outputs: the model's own output in the current step, or None.
@@ -76,6 +77,7 @@ class Objective:
         self.pruner.objective = self
         self.distill_weight = distill_weight
         self.moment = Moment("dense", 0.0)
+        self.steps = dict.fromkeys(PHASES, 0)
         self.teacher = None
         self.taught = self.outputs = None
         self.accumulation = self.processes = 1
@@ -106,6 +108,9 @@ class Objective:
 
     def end_step(self):
         """An optimizer step is over: bring together what all micro-batches and processes have seen in it."""
+
+    def end_run(self):
+        """Training is over: say what went wrong."""
 
     def end_phase(self, phase, optimizer):
         """A phase has ended with its last step. Returns True if the weights were cut."""

@@ -79,9 +79,16 @@ class InforCoef(GatedMethod):
         if self.static_macs is not None and (not is_number(self.static_macs) or not 0 < self.static_macs < 1):
             self.refuse("static_macs", "a share of the dense model's MACs, above 0 and below 1, or None")
         if self.static_macs is not None and self.target_macs is not None and self.target_macs >= self.static_macs:
-            self.refuse("target_macs", f"less than static_macs={self.static_macs}, of which the tokens are to save some")
+            self.refuse(
+                "target_macs",
+                f"less than static_macs={self.static_macs}, since dropping tokens comes on top of cutting weights",
+            )
         if bool(self.schedule.static) != (self.static_macs is not None):
-            self.refuse("schedule", "a static phase belongs to static_macs: give both or neither")
+            self.refuse(
+                "schedule",
+                "weights are cut in a static phase, and static_macs says down to what. Give both, e.g. Schedule(static=2, ...) and "
+                "static_macs=0.4 (its default), or neither: static_macs=None",
+            )
         self.check_weights("norm_weight", "entropy_weight")
         if type(self.width) is not int or not 1 <= self.width <= 10_000:
             self.refuse("width", "a whole number from 1 to 10000")
@@ -192,6 +199,7 @@ class InforCoefObjective(StructuredObjective):
         super().__init__(model, config, gates, helpers=helpers, phase="static")
         self.looks = {}
         self.moves = []  # how far each micro-batch of the step would move the offset
+        self.spent = None  # the share of MACs that the latest batches of the settle phase spent
 
     @property
     def foresees(self):
@@ -270,8 +278,14 @@ class InforCoefObjective(StructuredObjective):
             self._meet_budget()
         return terms
 
-    FORGETS = 0.2  # how much of the offset is that of the latest batch
-    HOLDS = 0.5  # log-odds by which the offset moves while settling, per share of MACs spent too much or too little
+    # Each as it is in a long phase, its most, and in how many steps it must be able to get anywhere.
+    FORGETS = 0.2, 1.0, 5  # how much of the offset is that of the latest batch
+    HOLDS = 0.5, 1.5, 40  # log-odds by which the offset moves while settling, per share of MACs spent too much or too little
+    MISSED = 0.1  # what is spent above the target, as a share of it, at which to say so
+
+    def _rate(self, rate):
+        usual, most, steps = rate
+        return min(max(usual, steps / max(self.steps[self.moment.phase], 1)), most)
 
     def _meet_budget(self):
         """Move the offset towards the one at which this batch would spend the target at inference."""
@@ -287,7 +301,7 @@ class InforCoefObjective(StructuredObjective):
                 f"tokens left, {least:.3f} of the dense model's MACs are spent. Cut more weights: static_macs."
             )
         now = self._offset()
-        self.moves.append(self.FORGETS * (solved - now))
+        self.moves.append(self._rate(self.FORGETS) * (solved - now))
         self.note("macs_expected", cost.share(now))
 
     def _hold_budget(self):
@@ -297,7 +311,17 @@ class InforCoefObjective(StructuredObjective):
         lengths = self.pruner.trace[0].arrived
         dense = sum(shape.whole(lengths) for shape in self.gates.budget.dense_shapes)
         spent = sum(trace_macs(self.model)) / dense
-        self.moves.append(-self.HOLDS * (spent - self.config.target_macs))
+        self.moves.append(-self._rate(self.HOLDS) * (spent - self.config.target_macs))
+        self.spent = spent if self.spent is None else 0.8 * self.spent + 0.2 * spent
+
+    def end_run(self):
+        target = self.config.target_macs
+        if self.spent is not None and self.spent > (1 + self.MISSED) * target:
+            logger.warning(
+                f"InforCoef(target_macs={target}) was missed: the last batches spent {self.spent:.3f} of the dense model's MACs. The "
+                f"samplers had {self.steps['anneal']} steps to learn in, and {self.steps['settle']} to settle: train for longer, or "
+                "let static_macs be nearer to the target."
+            )
 
     def end_step(self):
         super().end_step()

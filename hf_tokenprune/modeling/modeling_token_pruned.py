@@ -284,8 +284,8 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
     given, model = model, transformers_model(model)
     sites = dict(sites)
     for layer, selector in sites.items():
-        if type(layer) is not int or not isinstance(selector, Selector):
-            raise ConfigError(f"attach(sites={{{layer!r}: {selector!r}}}): sites are {{number of a layer: selector}}.")
+        if type(layer) is not int or layer < 0 or not isinstance(selector, Selector):
+            raise ConfigError(f"attach(sites={{{layer!r}: {selector!r}}}): sites are {{number of a layer, from 0: selector}}.")
     if len({id(selector) for selector in sites.values()}) < len(sites):
         raise ConfigError("attach(sites=...) has the same selector at two layers. Make one for each.")
     if not isinstance(protected_token_ids, (list, tuple)) or not all(
