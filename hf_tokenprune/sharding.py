@@ -11,7 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.utils import logging
 
 from .errors import TrainingError
-from .modeling.architectures import transformers_model
+from .modeling.architectures import is_sharded, transformers_model
 
 logger = logging.get_logger(__name__)
 
@@ -100,5 +100,5 @@ def has_engine(optimizer):
 
 def reshard(model):
     """Under FSDP2 a forward without backward leaves some parameters whole, which are not those that the optimizer knows."""
-    if hasattr(model, "reshard"):
+    if is_sharded(model):
         model.reshard()

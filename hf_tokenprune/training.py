@@ -14,7 +14,7 @@ from .checkpoints import resume_complete
 from .cost import CostMeter
 from .errors import TokenPruneError, TrainingError
 from .integrations import sentence_transformers
-from .modeling.architectures import transformers_model
+from .modeling.architectures import is_sharded, transformers_model
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
 from .processes import total_of
 from .results import evaluation_of_log
@@ -121,7 +121,7 @@ class TokenPruneCallback(TrainerCallback):
         _check_checkpointing(model)
         reshard(model)
         group = _group_of(optimizer, self.objective.parameters())
-        self.objective.sharded = has_engine(optimizer) or hasattr(model, "reshard")
+        self.objective.sharded = has_engine(optimizer) or is_sharded(model)
         self.total = state.max_steps
         steps = self.method.schedule.steps(self.total)
         dense, self.objective.steps = steps["dense"], steps

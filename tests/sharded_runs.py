@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from distributed_runs import spoil_states
+from distributed_runs import no_noise, spoil_states
 from families import build
 from test_not_finite import Spoiler
 from torch import distributed
@@ -20,6 +20,8 @@ from transformers import Trainer
 
 import hf_tokenprune as tp
 from hf_tokenprune import trainer_card
+from hf_tokenprune.processes import whole
+from hf_tokenprune.sharding import reshard
 
 STEPS = 10
 PLAN = tp.Schedule(dense=2, anneal=5, settle=3)
@@ -104,25 +106,14 @@ def gates_of(model):
 def left_of(trainer, recorder):
     """What a run leaves behind."""
     model, gates = trainer.model, trainer.model.token_pruner.objective.gates
-    if hasattr(model, "reshard"):
-        model.reshard()
+    reshard(model)
     learned = gates.learned().detach()
     return {
         "sharded": {name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)},
-        "parameters": {name for name, _ in model.named_parameters()}, "state": whole(model), "logs": recorder.logs,
+        "parameters": {name for name, _ in model.named_parameters()}, "logs": recorder.logs,
         "gates": learned, "moved": (learned - gates.state.start).abs().sum().item(), "lengths": gates.state.lengths.tolist(),
-        "looks": recorder.looks,
+        "looks": recorder.looks, "state": {name: whole(value) for name, value in model.state_dict().items()},
     }  # fmt: skip
-
-
-def whole(model):
-    """The state of a model, sharded or not."""
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.state_dict().items()}
-
-
-def no_noise():
-    """Samplers draw for each token; without noise it does not matter which process draws."""
-    torch.rand_like = lambda like, **_: torch.full_like(like, 0.5)
 
 
 def main(folder, way, *names):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sharded_runs import RESUMED, STEPS, left_of, trained
-from test_distributed import HERE, assert_same_gates, close, torchrun
+from test_distributed import HERE, assert_same_gates, close, left_in, torchrun
 from training_helpers import Texts, spent_share, top
 
 import hf_tokenprune as tp
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """What a run in two processes has left: of each of them."""
-    return lambda name: [torch.load(folder / f"{name}-{number}.pt", weights_only=False) for number in (0, 1)]
+    return left_in(folder)
 
 
 @pytest.mark.parametrize("name", RUNS)

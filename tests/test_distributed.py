@@ -38,6 +38,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """What a run in two processes has left: of each of them."""
+    return left_in(folder)
+
+
+def left_in(folder):
+    """From the name of a run in two processes, what it has left in a folder: of each of them."""
     return lambda name: [torch.load(folder / f"{name}-{number}.pt", weights_only=False) for number in (0, 1)]
 
 
@@ -146,7 +151,7 @@ def sentences(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sentences")
     models = save_models(tmp_path_factory)
     torchrun(HERE / "distributed_trainers.py", folder, *(f"{head}={path}" for head, path in models.items()))
-    return lambda row: [torch.load(folder / f"{row}-{number}.pt", weights_only=False) for number in (0, 1)]
+    return left_in(folder)
 
 
 @pytest.mark.parametrize("row", ROWS)

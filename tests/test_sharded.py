@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from families import build, make_inputs
 from sharded_runs import RESUMED, RUNS, STEPS, left_of, trained
-from test_distributed import HERE, assert_same_gates, close, torchrun
+from test_distributed import HERE, assert_same_gates, close, left_in, torchrun
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from training_helpers import Texts, spent_share, top, trainer_for
 from transformers import AutoModelForSequenceClassification
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """What a run in two processes has left: of each of them."""
-    return lambda name: [torch.load(folder / f"{name}-{number}.pt", weights_only=False) for number in (0, 1)]
+    return left_in(folder)
 
 
 def one(folder, name, monkeypatch):

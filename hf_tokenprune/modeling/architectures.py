@@ -215,6 +215,11 @@ FAMILIES = {
 }
 
 
+def is_sharded(module):
+    """Has FSDP2 taken the parameters of this module apart?"""
+    return hasattr(module, "reshard")
+
+
 def transformers_model(model):
     """The one transformers model in a wrapper (a SentenceTransformer, a PeftModel, ...), or the model itself.
 

@@ -85,10 +85,7 @@ def _cut_heads(family, layer, chosen, select):
     for path in family.projections:
         linear = layer.get_submodule(path)
         times = 3 // len(family.projections)  # one that makes all three
-        index = _spread(chosen, count, times, linear.out_features // (times * count))
-        select(linear.weight, 0, index)
-        if linear.bias is not None:
-            select(linear.bias, 0, index)
+        _cut_outputs(linear, _spread(chosen, count, times, linear.out_features // (times * count)), select)
     select(context.weight, 1, _spread(chosen, count, 1, width))
 
 
@@ -105,11 +102,14 @@ def _cut_units(family, layer, chosen, select):
         return
     for path in family.units_in:
         writer = layer.get_submodule(path)
-        index = _spread(chosen, reader.in_features, writer.out_features // reader.in_features)
-        select(writer.weight, 0, index)
-        if writer.bias is not None:
-            select(writer.bias, 0, index)
+        _cut_outputs(writer, _spread(chosen, reader.in_features, writer.out_features // reader.in_features), select)
     select(reader.weight, 1, list(chosen))
+
+
+def _cut_outputs(linear, index, select):
+    select(linear.weight, 0, index)
+    if linear.bias is not None:
+        select(linear.bias, 0, index)
 
 
 def _refresh(module):

@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError("Token-pruned models need transformers 5.23 or newer: pip install -U transformers") from error
 
-from .architectures import transformers_model
+from .architectures import is_sharded, transformers_model
 from .configs import restored, settle_config
 from .cutting import cut
 from .errors import ConfigError, TrainingError, UnsupportedModelError
@@ -89,7 +89,7 @@ class TokenPruningMixin:
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`, with the code that opens the folder beside the weights, and all or nothing."""
         check_can_be_saved(self)
-        if state_dict is None and hasattr(self, "reshard"):
+        if state_dict is None and is_sharded(self):
             raise TrainingError("FSDP2 has this model in shards. Save it by trainer.save_model(folder), in all processes.")
         rest = is_main_process, state_dict, push_to_hub, *args
         if not is_main_process or push_to_hub or Path(save_directory).is_file() or kwargs.get("distributed_checkpoint"):

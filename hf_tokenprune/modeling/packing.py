@@ -203,6 +203,11 @@ class PackedBatch:
         flat = rows.new_zeros(self.batch_size * self.seq_len, rows.shape[-1]).index_copy(0, index, rows)
         return flat.view(self.batch_size, self.seq_len, -1)
 
+    @cached_property
+    def lengths_by_token(self):
+        """`(T,)` how long the sequence of each token is."""
+        return torch.tensor(self.lengths, device=self.index.device)[self.sequence_ids]
+
     def select(self, rows, weights=None):
         """The batch of the tokens at `rows` `(K,)` (ascending) only, with `weights` `(K,)` if they are soft."""
         kept = self.sequence_ids[rows]

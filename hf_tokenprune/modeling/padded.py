@@ -87,8 +87,7 @@ def on_probabilities(module, args):
     if call.needs_importance:
         asking = spread(batch, shares.new_ones(1, batch.total, dtype=torch.float32)) if weight is None else weight.float()
         received = (shares.float() * asking[:, None, :, None]).sum(2).mean(1)
-        lengths = torch.tensor(batch.lengths, device=received.device)[batch.sequence_ids]
-        importance = collect(batch, received)[0] / lengths
+        importance = collect(batch, received)[0] / batch.lengths_by_token
     call.decide(importance)
     return (shares, *args[1:])
 

@@ -11,7 +11,7 @@ from inspect import signature
 import torch
 from torch import nn
 
-from .architectures import find_encoder, get_layers, reads_only_pooled
+from .architectures import find_encoder, get_layers, is_sharded, reads_only_pooled
 from .attention import ATTENTION, register_attention
 from .calls import Forward, LayerCall, active
 from .errors import ConfigError, UnsupportedInputError
@@ -347,7 +347,7 @@ class TokenPruner(nn.Module):
             call.entered = None
         if call.layer == self.layer_count - 1:
             states = call.survivors.unpack(states, [gone for _, gone in forward.departed])
-            if hasattr(layer, "reshard"):  # FSDP2, which hangs a hook on what a layer returns and warns of views
+            if is_sharded(layer):  # FSDP2 hangs a hook on what a layer returns and warns of views
                 states = states.clone()
         return (states, *output[1:]) if isinstance(output, tuple) else states
 

@@ -68,7 +68,7 @@ def varlen_importance(query, key, value, batch, *, scaling):
     takers = torch.cat([keys, keys.new_full((*keys.shape[:2], MORE), -1.0)], -1)
     _, logs = varlen_attn(takers, givers, givers, *where, **more)
     received = logs.transpose(0, 1).exp().mean(1)  # the kernel gives `(heads, T)`, whatever torch's documentation says
-    return context, received / torch.tensor(batch.lengths, device=query.device)[batch.sequence_ids]
+    return context, received / batch.lengths_by_token
 
 
 def _in_parts(numbers, like):
