@@ -127,6 +127,17 @@ def test_the_kernel_is_called_right(kernel, monkeypatch, causal, window, asks):
     torch.testing.assert_close(by_kernel, otherwise, rtol=0.02, atol=0.02)
 
 
+def test_a_kernel_that_knows_no_shared_heads(kernel, monkeypatch):
+    """That of torch 2.11."""
+    batch = batch_of()
+    q, k, v = heads(batch.total, torch.bfloat16)
+    with torch.no_grad():
+        context, received = attention.packed_attention(q, k, v, batch, importance=True)
+        monkeypatch.setattr(varlen, "KNOWN", {})
+        otherwise, same = attention.packed_attention(q, k, v, batch, importance=True)
+    torch.testing.assert_close((otherwise, same), (context, received))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("strength", "offset"), [(1.0, 0.0), (100.0, 0.0), (1.0, 100.0)])
 def test_importance_without_the_matrices_of_attention(kernel, monkeypatch, dtype, strength, offset):

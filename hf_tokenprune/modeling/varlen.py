@@ -1,11 +1,17 @@
 """Attention over a packed batch in one kernel: torch's flash attention for sequences of unequal lengths, on CUDA."""
 
+import inspect
+
 import torch
 
 try:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 except ImportError:  # torch older than 2.10
     AuxRequest = varlen_attn = None
+
+KNOWN = inspect.signature(varlen_attn).parameters if varlen_attn else {}
+if not KNOWN.keys() >= {"scale", "window_size", "return_aux"}:  # torch 2.10
+    varlen_attn = None
 
 HALF = (torch.float16, torch.bfloat16)
 DEVICE = "cuda"
@@ -59,11 +65,10 @@ def varlen_importance(query, key, value, batch, *, scaling):
         `(context, importance)`: `(T, heads, head_dim)` and `(T,)`, mean over heads and queries.
     """
     queries, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    groups = queries.shape[1] // keys.shape[1]
     where = batch.ends, batch.ends, max(batch.lengths), max(batch.lengths)
     more = {"scale": scaling, "return_aux": AuxRequest(lse=True)}
-    context, logs = varlen_attn(queries, keys, values, *where, enable_gqa=groups > 1, **more)
-    keys = keys.repeat_interleave(groups, 1) if groups > 1 else keys
+    context, logs = _attend(queries, keys, values, *where, **more)
+    keys = _for_every_head(keys, queries)
     givers = torch.cat([queries, _in_parts(logs.transpose(0, 1) / scaling, queries)], -1)
     takers = torch.cat([keys, keys.new_full((*keys.shape[:2], MORE), -1.0)], -1)
     _, logs = varlen_attn(takers, givers, givers, *where, **more)
@@ -97,7 +102,22 @@ def varlen(query, key, value, batch, *, scaling, window=None, causal=False, aski
     if asking is not None:
         queries, asked, most = queries[asking], torch.arange(len(asking) + 1, dtype=torch.int32, device=query.device), 1
     left = -1 if window is None else window - 1
-    return varlen_attn(
+    return _attend(
         queries.contiguous(), keys.contiguous(), values.contiguous(), asked, ends, most, longest,
-        scale=scaling, window_size=(left, 0 if causal else left), enable_gqa=key.shape[1] != query.shape[1],
+        scale=scaling, window_size=(left, 0 if causal else left),
     )  # fmt: skip
+
+
+def _attend(queries, keys, values, *where, **more):
+    """The kernel, which in torch 2.13, but not in 2.11, lets several heads of queries share keys and values."""
+    if keys.shape[1] == queries.shape[1]:
+        return varlen_attn(queries, keys, values, *where, **more)
+    if "enable_gqa" in KNOWN:
+        return varlen_attn(queries, keys, values, *where, enable_gqa=True, **more)
+    return varlen_attn(queries, _for_every_head(keys, queries), _for_every_head(values, queries), *where, **more)
+
+
+def _for_every_head(shared, queries):
+    """`(T, fewer heads, head_dim)` -> `(T, heads, head_dim)`."""
+    groups = queries.shape[1] // shared.shape[1]
+    return shared.repeat_interleave(groups, 1) if groups > 1 else shared
