@@ -63,7 +63,13 @@ def measure(shape, head, tokenizer, texts, args):
     tp.attach(model, {layer: tp.TopK(share) for layer, share in KEEPS[shape].items()})
     longest = max(args.lengths)
     result = bench(
-        model, texts, tokenizer=tokenizer, batch_sizes=(args.batch_size,), max_length=longest, repeats=args.repeats, dtype=args.dtype
+        model,
+        texts,
+        tokenizer=tokenizer,
+        batch_sizes=(args.batch_size,),
+        max_length=longest,
+        repeats=args.repeats,
+        dtype=args.dtype,
     )
     ms, macs = result["results"][0]["ms"], result["results"][0]["macs"]
     real = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=longest)["input_ids"]]

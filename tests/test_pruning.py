@@ -175,6 +175,21 @@ def test_a_rank_on_the_edge_of_a_bin_falls_into_the_upper_one_despite_rounding(c
         assert tp.RankBins(count).bin_of(relative).tolist() == [(2 * rank + 1) * count // (2 * n) for rank in range(n)]
 
 
+def test_the_host_knows_how_many_stay():
+    torch.manual_seed(0)
+    bins = [tp.RankBins(7), tp.RankBins(50)]
+    for selector in bins:
+        selector.set_kept(torch.rand(selector.bins) < 0.4)
+    for selector in (*bins, tp.TopK(0.3), tp.TopK(2 / 3), tp.TopK(1.0), tp.TopK(1), tp.TopK(40)):
+        for n in range(1, 120):
+            batch = PackedBatch.from_mask(None, batch_size=1, seq_len=n, device="cpu")
+            protected = torch.arange(n) < n % 3
+            stay = selector.keep(torch.rand(n).round(decimals=1), batch, protected)
+            assert stay.sum() == protected.sum() + selector.count(n - int(protected.sum())), (selector, n)
+    bins[0].set_kept([True] * 7)
+    assert bins[0].count(30) == 30
+
+
 # Who is never dropped
 
 

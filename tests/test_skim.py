@@ -244,8 +244,8 @@ def test_masked_in_training_equals_dropped(name):
         def weights(states, batch, protected):
             here = torch.ones_like(protected) if batch.weights is None else batch.weights > 0
             kept = here.clone()
-            rows = here.nonzero().squeeze(1)
-            kept[rows] = site.keep(states[rows], batch.select(rows), protected[rows])
+            rows, left = batch.choose(here)
+            kept[rows] = site.keep(states[rows], left, protected[rows])
             alive.append(sorted(torch.bincount(batch.sequence_ids[kept], minlength=len(batch.lengths)).tolist()))
             return kept.to(states.dtype)
 

@@ -2,6 +2,7 @@
 kernel are checked by a slow stand-in for it, and the padded calls against one call per length."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from families import CASES, build, make_inputs, outputs_of
 
 import hf_tokenprune as tp
 from hf_tokenprune.modeling import attention, varlen
-from hf_tokenprune.modeling.packing import PackedBatch
+from hf_tokenprune.modeling.packing import PackedBatch, scattered_rows
+from hf_tokenprune.modeling.varlen import takes_varlen
 
 LENGTHS = (3, 1, 11, 0, 9, 3, 10, 2, 5)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -75,29 +77,33 @@ def test_bundles_stay_small(monkeypatch):
 
 
 def slow_kernel(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), enable_gqa=False, return_aux=None
-):
-    """What torch documents of `varlen_attn`, one sequence at a time; logs of sums as its kernel gives them, `(heads, T)`."""
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
+    scale, window_size_left, window_size_right,
+):  # fmt: skip
+    """What torch's operator does, one sequence at a time, in numbers of full width; it gives logs of sums as `(heads, T)`."""
     assert query.is_contiguous()
-    assert query.shape[2] == key.shape[2] == value.shape[2]
+    assert key.is_contiguous()
+    assert value.is_contiguous()
+    assert query.shape[1:] == key.shape[1:] == value.shape[1:]
+    assert query.dtype == key.dtype == value.dtype
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert len(cu_seq_q) == len(cu_seq_k)
-    assert (query.shape[1] != key.shape[1]) == enable_gqa
+    assert is_causal == (window_size_left == -1 and window_size_right == 0)
+    assert not return_debug_mask
     sizes = [ends.diff().tolist() for ends in (cu_seq_q, cu_seq_k)]
     assert (max(sizes[0]), max(sizes[1])) == (max_q, max_k)
     out, logs = [], []
     for q, k, v in zip(query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True):
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
         apart = torch.arange(len(k)) - torch.arange(len(k))[-len(q) :, None]  # the last queries ask
-        left, right = window_size
         seen = torch.ones_like(apart, dtype=torch.bool)
-        seen = seen if left < 0 else seen & (apart >= -left)
-        seen = seen if right < 0 else seen & (apart <= right)
+        seen = seen if window_size_left < 0 else seen & (apart >= -window_size_left)
+        seen = seen if window_size_right < 0 else seen & (apart <= window_size_right)
         scores = scores.masked_fill(~seen, float("-inf"))
         logs.append(scores.logsumexp(-1))
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.float()).to(q.dtype))
-    return torch.cat(out) if return_aux is None else (torch.cat(out), torch.cat(logs, 1))
+        shares = torch.nn.functional.dropout(scores.softmax(-1), dropout_p)
+        out.append(torch.einsum("hqk,khd->qhd", shares, v.float()).to(q.dtype))
+    return torch.cat(out), torch.cat(logs, 1)
 
 
 @pytest.fixture
@@ -108,9 +114,17 @@ def kernel(monkeypatch):
         calls.append(args)
         return slow_kernel(*args, **kwargs)
 
-    monkeypatch.setattr(varlen, "varlen_attn", called)
+    monkeypatch.setattr(varlen, "flash", called)
     monkeypatch.setattr(varlen, "DEVICE", "cpu")
     return calls
+
+
+def test_the_operator_of_this_torch_takes_what_it_is_given():
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    assert [a.name for a in schema.arguments if not a.kwarg_only] == [
+        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask",
+    ]  # fmt: skip
+    assert {"scale", "window_size_left", "window_size_right"} <= {a.name for a in schema.arguments if a.kwarg_only}
 
 
 @pytest.mark.parametrize(("causal", "window", "asks"), [(False, None, False), (True, None, False), (False, 3, False),
@@ -122,62 +136,75 @@ def test_the_kernel_is_called_right(kernel, monkeypatch, causal, window, asks):
     options = {"causal": causal, "window": window, "asking": batch.first_rows if asks else None}
     by_kernel, _ = attention.packed_attention(q, k, v, batch, **options)
     assert len(kernel) == 1
-    monkeypatch.setattr(varlen, "varlen_attn", None)
+    monkeypatch.setattr(varlen, "DEVICE", "nowhere")
     otherwise, _ = attention.packed_attention(q, k, v, batch, **options)
     torch.testing.assert_close(by_kernel, otherwise, rtol=0.02, atol=0.02)
 
 
-def test_a_kernel_that_knows_no_shared_heads(kernel, monkeypatch):
-    """That of torch 2.11."""
-    batch = batch_of()
-    q, k, v = heads(batch.total, torch.bfloat16)
-    with torch.no_grad():
-        context, received = attention.packed_attention(q, k, v, batch, importance=True)
-        monkeypatch.setattr(varlen, "KNOWN", {})
-        otherwise, same = attention.packed_attention(q, k, v, batch, importance=True)
-    torch.testing.assert_close((otherwise, same), (context, received))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("say", [None, (0.5, 1.0), (0.5, 1.0, 0.0, 0.3)])
 @pytest.mark.parametrize(("strength", "offset"), [(1.0, 0.0), (100.0, 0.0), (1.0, 100.0)])
-def test_importance_without_the_matrices_of_attention(kernel, monkeypatch, dtype, strength, offset):
+def test_importance_without_the_matrices_of_attention(kernel, monkeypatch, dtype, weighted, say, strength, offset):
     """Also where attention is sharp, or the scores of a query all large, which the softmax does not see."""
     torch.manual_seed(0)
     batch = batch_of()
+    batch = batch.with_weights(torch.rand(batch.total) + 1e-3) if weighted else batch
     q, k, v = heads(batch.total, dtype)
     with torch.no_grad():
         k[..., 0] = 1.0
         q = q * strength * torch.rand(1, 4, batch.total, 1)
         q[..., 0] += offset * torch.randn(1, 4, batch.total)
         q = q.to(dtype)
-        context, received = attention.packed_attention(q, k, v, batch, importance=True)
+        options = {"importance": True, "say": None if say is None else torch.tensor(say)}
+        context, received = attention.packed_attention(q, k, v, batch, **options)
         assert len(kernel) == 2
-        monkeypatch.setattr(varlen, "varlen_attn", None)
-        otherwise, expected = attention.packed_attention(*(x.float() for x in (q, k, v)), batch, importance=True)
+        monkeypatch.setattr(varlen, "DEVICE", "nowhere")
+        otherwise, expected = attention.packed_attention(*(x.float() for x in (q, k, v)), batch, **options)
     torch.testing.assert_close(context.float(), otherwise, rtol=0.02, atol=0.02)
     torch.testing.assert_close(received, expected, rtol=0.001, atol=1e-5)
-    sums = torch.zeros(len(batch.lengths)).index_add(0, batch.sequence_ids, received)
-    torch.testing.assert_close(sums, (torch.tensor(batch.lengths) > 0).float(), rtol=0.001, atol=0)
+    if not weighted:
+        sums = torch.zeros(len(batch.lengths)).index_add(0, batch.sequence_ids, received)
+        torch.testing.assert_close(sums, (torch.tensor(batch.lengths) > 0).float(), rtol=0.001, atol=0)
+
+
+def test_soft_gates_in_the_kernel_have_the_gradients_of_the_matrices(kernel, monkeypatch):
+    torch.manual_seed(0)
+    batch, found = batch_of(), []
+    weights = (torch.rand(batch.total) + 1e-3).requires_grad_()
+    q, k, v = heads(batch.total, torch.bfloat16)
+    for device in ("cpu", "nowhere"):
+        monkeypatch.setattr(varlen, "DEVICE", device)
+        context, _ = attention.packed_attention(q, k, v, batch.with_weights(weights), importance=True)
+        loss = (context.float() * torch.arange(context.numel()).view_as(context).cos()).sum()
+        found.append(torch.autograd.grad(loss, (q, k, v, weights)))
+    assert len(kernel) == 2
+    for by_kernel, otherwise in zip(*found, strict=True):
+        assert (by_kernel - otherwise).norm() < 0.02 * otherwise.norm()
 
 
 def test_the_kernel_is_left_alone_where_it_would_be_wrong(kernel):
     batch = batch_of()
-    thin = batch.select(torch.arange(batch.total)[::2])
+    _, thin = batch.choose(torch.arange(batch.total) % 2 == 0)
     half, full = heads(batch.total, torch.bfloat16), heads(batch.total)
     attention.packed_attention(*full, batch)
-    attention.packed_attention(*half, batch, importance=True)  # with gradients
-    with torch.no_grad():
-        attention.packed_attention(*half, batch, importance=True, training=True)
-        attention.packed_attention(*half, batch.with_weights(torch.ones(batch.total)), importance=True)
-        attention.packed_attention(*half, batch, importance=True, causal=True)
-        attention.packed_attention(*half, batch, importance=True, say=torch.ones(4))
-    attention.packed_attention(*half, batch, dropout=0.1)
+    attention.packed_attention(*half, batch, importance=True, differentiable=True)
+    attention.packed_attention(*half, batch.with_weights(torch.ones(batch.total), masked=True))
+    attention.packed_attention(*half, batch, importance=True, causal=True)
+    attention.packed_attention(*half, batch, importance=True, window=3)
     attention.packed_attention(*half, batch, causal=True, asking=batch.last_rows)
     attention.packed_attention(*half, batch, window=3, asking=batch.first_rows)
     attention.packed_attention(*(x[:, :, ::2] for x in half), thin, window=3)
     assert not kernel
-    attention.packed_attention(*(x[:, :, ::2] for x in half), thin)
+    attention.packed_attention(*(x[:, :, ::2] for x in half), thin, dropout=0.1)
     assert len(kernel) == 1
+
+
+def test_rows_are_found_without_asking_how_many():
+    torch.manual_seed(0)
+    for share in (0.0, 0.3, 1.0):
+        mask = torch.rand(50) < share
+        assert scattered_rows(mask, int(mask.sum())).tolist() == mask.nonzero().squeeze(1).tolist()
 
 
 def test_a_window_knows_of_holes_in_the_mask():
@@ -185,7 +212,7 @@ def test_a_window_knows_of_holes_in_the_mask():
     mask[1, 2] = 0
     holes = PackedBatch.from_mask(mask, batch_size=2, seq_len=6, device="cpu")
     left = PackedBatch.from_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), batch_size=2, seq_len=4, device="cpu")
-    assert (holes.gapless, left.gapless, left.select(torch.arange(3)).gapless) == (False, True, False)
+    assert (holes.gapless, left.gapless, left.choose(torch.arange(left.total) < 3)[1].gapless) == (False, True, False)
 
 
 @needs_gpu
@@ -212,19 +239,76 @@ def test_the_kernel_gives_what_the_cpu_gives(dtype):
     torch.testing.assert_close(found["logits"].float().cpu(), expected["logits"], rtol=0.1, atol=0.1)
 
 
+def on_gpu(size, count=32):
+    lengths = torch.randint(1, 200, (count,))
+    mask = (torch.arange(200)[None] < lengths[:, None]).cuda()
+    batch = PackedBatch.from_mask(mask, batch_size=count, seq_len=200, device="cuda")
+    return batch, [torch.randn(1, heads, batch.total, size, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)]
+
+
 @needs_gpu
-def test_importance_by_the_kernel_is_what_the_matrices_give():
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_kernel_gives_what_the_matrices_give(size, weighted):
+    """With importance and gradients, of soft gates, too."""
     torch.manual_seed(0)
-    lengths = torch.randint(1, 200, (32,)).tolist()
-    batch = PackedBatch.from_mask(
-        torch.arange(200)[None].cuda() < torch.tensor(lengths)[:, None].cuda(), batch_size=32, seq_len=200, device="cuda"
-    )
-    q, k, v = (torch.randn(1, count, batch.total, 64, device="cuda", dtype=torch.bfloat16) for count in (4, 2, 2))
-    with torch.no_grad():
-        context, received = attention.packed_attention(q, k, v, batch, importance=True)
-        otherwise, expected = attention.packed_attention(*(x.float() for x in (q, k, v)), batch, importance=True)
-    torch.testing.assert_close(context.float(), otherwise, rtol=0.05, atol=0.05)
-    torch.testing.assert_close(received, expected, rtol=0.02, atol=1e-4)
+    batch, rows = on_gpu(size)
+    weights = torch.rand(batch.total, device="cuda") + 1e-3
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        given = [x.detach().to(dtype).requires_grad_() for x in rows]
+        gates = weights.clone().requires_grad_()
+        batch = batch.with_weights(gates) if weighted else batch
+        assert takes_varlen(given[0], batch, importance=True) == (dtype == torch.bfloat16)
+        context, received = attention.packed_attention(*given, batch, importance=True)
+        loss = (context.float() * torch.arange(context.numel(), device="cuda").view_as(context).cos()).sum()
+        found.append([context, received, *torch.autograd.grad(loss, [*given, gates] if weighted else given)])
+    for name, by_kernel, exact in zip(["context", "received", "q", "k", "v", "gates"], *found, strict=False):
+        assert (by_kernel.float() - exact).norm() < 0.02 * exact.norm(), name
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0.02, atol=1e-4)
+
+
+@needs_gpu
+def test_dropout_in_the_kernel():
+    torch.manual_seed(0)
+    batch, (q, k, v) = on_gpu(64)
+    exact, _ = attention.packed_attention(q, k, v, batch)
+    draws = [attention.packed_attention(q, k, v, batch, dropout=0.2)[0].float() for _ in range(200)]
+    assert not torch.equal(draws[0], draws[1])
+    assert (torch.stack(draws).mean(0) - exact.float()).norm() < 0.05 * exact.float().norm()
+    q.requires_grad_()
+    attention.packed_attention(q, k, v, batch, dropout=0.2)[0].float().sum().backward()
+    assert q.grad.isfinite().all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+def test_the_host_does_not_wait_at_sites_that_rank(head):
+    """At first it does, for the sizes of the batch and whether it begins where its head reads."""
+    model = build("bert", head, hidden_size=64, num_attention_heads=4).cuda().bfloat16()
+    inputs = {key: value.cuda() for key, value in make_inputs("bert", head, lengths=(17, 5, 30, 17, 1)).items()}
+    waits = []
+    for sites in ({}, {1: tp.TopK(0.5), 2: tp.RankBins(10)}, {1: tp.TopK(0.5), 2: Unforeseen(0.5)}):
+        tp.attach(model, sites)
+        if 2 in sites and sites[2].kind == "rank_bins":
+            sites[2].set_kept([True] * 5 + [False] * 5)
+        outputs_of(model, inputs)
+        with warnings.catch_warnings(record=True) as told, torch.inference_mode():
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                model(**inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchroniz" in str(one.message) for one in told))
+    assert max(waits[:2]) <= 3, waits
+    assert waits[2] == waits[1] + 1, waits
+
+
+class Unforeseen(tp.TopK):
+    """One whose host has to ask."""
+
+    count = tp.Skim.count
 
 
 @needs_gpu

@@ -3,7 +3,7 @@
 from .bottleneck import information_norm, negative_entropy
 from .constraint import lagrangian
 from .distillation import logit_distillation, regression_distillation
-from .layer_match import layer_distances, layer_distillation, match_layers
+from .layer_match import layer_distances, layer_distillation, match_layers, mean_square
 from .ranking import lambda_arp2, ranking_distillation
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "layer_distillation",
     "logit_distillation",
     "match_layers",
+    "mean_square",
     "negative_entropy",
     "ranking_distillation",
     "regression_distillation",

@@ -1,7 +1,6 @@
 """Layer match: pull hidden states towards those of the dense model while layers of the pruned one disappear."""
 
 import torch
-from torch.nn import functional
 
 from ..precision import at_least_float32
 
@@ -91,7 +90,13 @@ def _common(there, students, teachers):
     return lambda j, i: None if mine[j] is None else mine[j] & theirs[i]
 
 
+def mean_square(states, rows=None):
+    """Mean square of `(T, H)` states, at the rows `(T,)` bool only, of which there is one at least. The device is not asked which."""
+    squares = at_least_float32(states).square()
+    if rows is None:
+        return squares.mean()
+    return (squares.sum(1) * rows).sum() / (rows.sum() * states.shape[1])
+
+
 def _distance(student, teacher, rows):
-    if rows is not None:
-        student, teacher = student[rows], teacher[rows]
-    return functional.mse_loss(at_least_float32(student), at_least_float32(teacher.detach()))
+    return mean_square(at_least_float32(student) - at_least_float32(teacher.detach()), rows)

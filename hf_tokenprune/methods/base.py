@@ -224,7 +224,8 @@ class Objective:
     def _forget(self):
         self.taught = self.outputs = None
         for pruner in (self.pruner, *([] if self.teacher is None else [self.teacher.token_pruner])):
-            pruner.last_forward, pruner.watched, pruner.remembers = None, frozenset(), False
+            pruner.last_forward, pruner.watched = None, frozenset()
+            pruner.differentiable = pruner.remembers = False
 
     def _carry(self, model, outputs, total, kwargs):
         """Send the auxiliary loss along, scaled like the main loss under gradient accumulation."""

@@ -10,6 +10,7 @@ from ..budget import Lengths
 from ..gates import keep_probability, sample_hard_concrete, scale_rate
 from ..losses import lagrangian
 from ..modeling.cutting import cut_parameter
+from ..modeling.selection import OnHost
 from ..modeling.sizes import sizes_of
 from ..processes import agreed, mean_of, whole
 from ..schedule import ramp
@@ -139,6 +140,7 @@ class BudgetedGates:
         self.state = Gates(sum(self.sizes), sizes_of(model) if cuts else None).to(model.device)
         self.restarted = False
         self.shifted = torch.cat([torch.zeros(0, dtype=torch.bool), *(part.shifted() for part in parts)])
+        self.on_host, self.found = OnHost(), OnHost()
         self.now = None  # log-odds of the running forward, None while nothing is gated softly
         self.noise = None  # of the running step: all its micro-batches and processes draw the same gates
         self.gradient = None  # of the running step, with respect to gates that are all 1
@@ -160,7 +162,7 @@ class BudgetedGates:
 
     def seen(self):
         """`Lengths` of the training texts so far; of one text of 100 tokens before the first."""
-        seen = self.state.lengths.tolist()
+        seen = self.on_host.of(self.state.lengths)
         return Lengths(*seen) if seen[0] else Lengths(1, 100, 10_000)
 
     def share(self, scores, lengths=None):
@@ -205,8 +207,8 @@ class BudgetedGates:
     # The gates as they stand.
 
     def learned(self):
-        """`(gates,)` log-odds as the optimizer moves them."""
-        return self.state.start + scale_rate(whole(self.state.log_odds), self.state.scale)
+        """`(gates,)` log-odds as the optimizer moves them; on the CPU, where so few numbers are at home."""
+        return (self.state.start + scale_rate(whole(self.state.log_odds), self.state.scale)).cpu()
 
     def log_alpha(self):
         """`(gates,)` learned log-odds; if they are projected, steeper and shifted onto the target."""
@@ -214,8 +216,7 @@ class BudgetedGates:
         if not self.projected:
             return log_alpha
         steeper = ramp(self._way(), 1.0, self.STEEPEST)
-        shifted = self.shifted.to(log_alpha.device)
-        return steeper * (log_alpha + shifted * self._shift(log_alpha.detach().cpu(), steeper))
+        return steeper * (log_alpha + self.shifted * self._shift(log_alpha.detach(), steeper))
 
     def _shift(self, log_alpha, steeper):
         """What to add to the shifted gates so that the expected share is the target: by bisection, into `TRIED` parts at a time."""
@@ -231,7 +232,7 @@ class BudgetedGates:
 
     def begin_step(self):
         """Draw the noise of an optimizer step."""
-        self.noise = None if self.measuring else agreed(torch.rand_like(self.state.start))
+        self.noise = None if self.measuring else agreed(torch.rand_like(self.state.start)).cpu()
 
     def open(self):
         """Put gates in force for one forward in training."""
@@ -248,7 +249,7 @@ class BudgetedGates:
                 log_alpha.register_hook(self._along_budget(log_alpha.detach()))
             if self.noise is None:  # nobody has said that a step begins
                 self.begin_step()
-            gates = sample_hard_concrete(log_alpha, noise=self.noise)
+            gates = sample_hard_concrete(log_alpha, noise=self.noise).to(self.state.start.device)
         alive = {}
         for part, piece in zip(self.parts, gates.split(self.sizes), strict=True):
             alive = part.open(piece, alive) or alive
@@ -273,7 +274,7 @@ class BudgetedGates:
 
     def _start_in_order(self):
         """Once information has been measured: let the gates start in the order of information per cost."""
-        if not self.measured or not self.state.information.any():
+        if not self.measured or not any(self.found.of(self.state.information)):
             return
         with torch.enable_grad():
             ones = torch.ones(sum(self.sizes), requires_grad=True)
@@ -307,8 +308,8 @@ class BudgetedGates:
         note("macs_expected" if self.cost == "macs" else "params_expected", expected)
         if self.projected:
             return {}
-        first, second = (scale_rate(self.state.multipliers, self.state.scale)).unbind()
-        return {"lagrangian": lagrangian(expected, self.target(), first, second)}
+        first, second = scale_rate(self.state.multipliers, self.state.scale).cpu().unbind()
+        return {"lagrangian": lagrangian(expected, self.target(), first, second).to(self.state.start.device)}
 
     # The hard model.
 
@@ -327,7 +328,7 @@ class BudgetedGates:
                 kept = [scores.bool() for scores in self.scores(torch.ones(sum(self.sizes)))]
             else:
                 self._start_in_order()
-                kept = self._most_probable(keep_probability(self.log_alpha()).cpu())
+                kept = self._most_probable(keep_probability(self.log_alpha()))
             alive = {}
             for part, piece in zip(self.parts, kept, strict=True):
                 alive = part.harden(piece, alive) or alive

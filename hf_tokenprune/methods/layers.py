@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..losses import layer_distillation
+from ..losses import layer_distillation, mean_square
 from .base import Helper
 
 logger = logging.get_logger(__name__)
@@ -45,7 +45,7 @@ class LayerDistillation(Helper):
             return {}
         teacher, pruner = objective.teacher.token_pruner, objective.pruner
         taught, learned = ([_table(call) for call in p.last_forward.calls] for p in (teacher, pruner))
-        size = torch.stack([states[there].square().mean() for states, there in taught]).mean()
+        size = torch.stack([mean_square(states, there) for states, there in taught]).mean()
         if self.matched:
             gates = None if pruner.structure is None else pruner.structure.hidden()
             if gates is not None:  # before a norm, hidden units that are to go are still there
@@ -54,8 +54,8 @@ class LayerDistillation(Helper):
             there = tuple([there for _, there in tables] for tables in (learned, taught))
             loss, _ = layer_distillation(student, [states for states, _ in taught], self._alive(pruner), there)
         else:
-            pairs = zip(learned, taught, strict=True)
-            loss = torch.stack([_distance(*mine, *theirs) for mine, theirs in pairs]).mean()
+            pairs = [(mine - theirs, here & there) for (mine, here), (theirs, there) in zip(learned, taught, strict=True)]
+            loss = torch.stack([mean_square(*pair) for pair in pairs]).mean()
         return {"layer_distillation": self.weight * loss / size}
 
     def _fits(self, teacher, pruner):
@@ -79,10 +79,5 @@ def _table(call):
     """Hidden states after a layer as `(B * S, H)`, and which of these tokens there are."""
     batch = call.survivors
     there = torch.zeros(batch.batch_size * batch.seq_len, dtype=torch.bool, device=batch.index.device)
-    there[batch.index] = True
+    there.index_fill_(0, batch.index, True)
     return batch.unpack(call.left.float()).flatten(0, 1), there
-
-
-def _distance(mine, here, theirs, there):
-    rows = here & there
-    return (mine[rows] - theirs[rows]).square().mean()

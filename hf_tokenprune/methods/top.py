@@ -225,7 +225,7 @@ class RankingLoss(Helper):
 
     def prepare(self, objective):
         if objective.moment.phase == "anneal" and objective.teacher is not None:
-            objective.pruner.watched = frozenset(self.early)
+            objective.pruner.watched, objective.pruner.differentiable = frozenset(self.early), True
             teacher = objective.teacher.token_pruner
             teacher.watched = frozenset({max(i for i, has in enumerate(teacher.with_attention) if has)})
 

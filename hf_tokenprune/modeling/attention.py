@@ -12,7 +12,7 @@ from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .varlen import takes_importance, takes_varlen, varlen, varlen_importance
+from .varlen import takes_varlen, varlen
 
 ATTENTION = "token_pruning"
 WASTE = 0.2  # on CUDA one call with a little padding is faster than many; on a CPU it is not
@@ -102,7 +102,7 @@ def evenly_received(seen, weight=None):
 
 def packed_attention(
     query, key, value, batch, *,
-    dropout=0.0, scaling=None, window=None, causal=False, importance=False, asking=None, say=None, training=False,
+    dropout=0.0, scaling=None, window=None, causal=False, importance=False, asking=None, say=None, differentiable=False,
 ):  # fmt: skip
     """Attend within each sequence of a packed batch.
 
@@ -118,7 +118,7 @@ def packed_attention(
             result are zeros. None = all ask.
         say: `(heads,)` how much each head (or each that makes keys and values) counts in the mean over heads, not all 0;
             None = all alike.
-        training: a forward without gradients may be one that is repeated with them, so importance comes about in the same way.
+        differentiable: the importance is to have a gradient.
 
     Returns:
         `(context, importance)`: `(1, T, heads, head_dim)` and `(T,)` or None.
@@ -126,15 +126,12 @@ def packed_attention(
     total = query.shape[2]
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     window = None if window is None or window >= batch.seq_len else window
-    explicit = importance or batch.weights is not None or (dropout > 0 and query.device.type == "cpu")
-    options = {"dropout": dropout, "window": window, "causal": causal, "asking": asking}
-    if not explicit and takes_varlen(query, batch, **options):
-        context = varlen(query, key, value, batch, scaling=scaling, window=window, causal=causal, asking=asking)
-        return _everyone(context, asking, total)[None], None
-    if importance and say is None and not training and takes_importance(query, batch, **options):
-        context, received = varlen_importance(query, key, value, batch, scaling=scaling)
-        return context[None], received
     key, value = for_every_head(key, query), for_every_head(value, query)
+    options = {"window": window, "causal": causal, "asking": asking, "importance": importance}
+    if not differentiable and takes_varlen(query, batch, **options):
+        context, received = varlen(query, key, value, batch, scaling=scaling, dropout=dropout, say=say, **options)
+        return _everyone(context, asking, total)[None], received
+    explicit = importance or batch.weights is not None or (dropout > 0 and query.device.type == "cpu")
     if explicit:
         query = query * scaling
     if len(batch.runs) == 1 and batch.runs[0][1] == 1 and not (explicit or window or asking is not None):

@@ -12,7 +12,7 @@ import torch
 
 from .attention import packed_attention
 from .errors import UnsupportedInputError
-from .packing import PackedBatch
+from .packing import PackedBatch, rows_of
 from .selection import most_important
 
 
@@ -57,9 +57,11 @@ class LayerCall:
         site: the selector, if the layer is a site where tokens may be dropped this time.
         gates: what stands in for the selector in training, or None; see `TokenPruner.soft`.
         protected: `(T,)` bool at a site, else None.
+        spared: how many of these each sequence has, where the host knows it.
         pooled: `(K,)` rows of the tokens, one of each sequence, that alone are read after this layer; None = all may be.
         summary: `(T,)` bool, the tokens that are there to be read by heads.
         watched: importance is wanted even if there is no site.
+        differentiable: the importance is to have a gradient.
         rows: `(K,)` the tokens that stay, known once attention has run; None = all, who are then in `everyone` if gated.
         survivors: the tokens that leave the layer on its normal way.
         importance: `(T,)` attention received, at a site and in a watched layer.
@@ -74,9 +76,11 @@ class LayerCall:
     site: Any = None
     gates: Any = None
     protected: torch.Tensor | None = None
+    spared: list[int] | None = None
     pooled: torch.Tensor | None = None
     summary: torch.Tensor | None = None
     watched: bool = False
+    differentiable: bool = False
     rows: torch.Tensor | None = None
     survivors: PackedBatch | None = None
     everyone: torch.Tensor | None = None
@@ -96,7 +100,7 @@ class LayerCall:
             dropout=dropout, scaling=scaling, window=window, causal=causal,
             importance=self.needs_importance,
             asking=None if self.watched else self.pooled,
-            training=self.pruner.training,
+            differentiable=self.differentiable,
             say=None if self.pruner.structure is None else self.pruner.structure.say(self.layer),
         )  # fmt: skip
         self.decide(importance)
@@ -130,21 +134,26 @@ class LayerCall:
     def _choose(self, weights):
         self.survivors = self.batch
         if self.pooled is not None:
-            rows = self.pooled
+            rows, chosen = self.pooled, self.batch.one_each(self.pooled)
         elif self.site is None:
             return
         elif weights is not None:
-            rows = (weights > 0).nonzero().squeeze(1)
-            weights = weights[rows]
+            rows, chosen = self.batch.choose(weights > 0, weights)
         else:
             keep = self.site.keep(self.importance, self.batch, self.protected)
             if not self.pruner.family.summary_tokens:
                 keep = keep | most_important(self.importance, self.batch, self.protected)
-            rows = keep.nonzero().squeeze(1)
+            rows, chosen = self.batch.choose(keep, lengths=self._known_lengths())
         if rows.shape[0] < self.batch.total:
-            self.rows, self.survivors = rows, self.batch.select(rows, weights)
+            self.rows, self.survivors = rows, chosen
         elif weights is not None:
-            self.everyone, self.survivors = rows, self.batch.with_weights(weights)
+            self.everyone, self.survivors = rows, self.batch.with_weights(chosen.weights)
+
+    def _known_lengths(self):
+        """How many tokens of each sequence stay, where that depends on their number alone: nobody has to wait for the device."""
+        if self.spared is None or self.site.count(0) is None:
+            return None
+        return [spared + self.site.count(n - spared) for n, spared in zip(self.batch.lengths, self.spared, strict=True)]
 
     def stay(self, tensor):
         """The survivors' part of `(1, T, *rest)`."""
@@ -152,9 +161,9 @@ class LayerCall:
 
     def departed(self):
         """`(index, states)` of the tokens that leave here: they keep the hidden state they entered the layer with."""
-        gone = torch.ones(self.batch.total, dtype=torch.bool, device=self.rows.device)
-        gone[self.rows] = False
-        return self.batch.index[gone], self.entered[:, gone]
+        gone = torch.ones(self.batch.total, dtype=torch.bool, device=self.rows.device).index_fill_(0, self.rows, False)
+        rows = rows_of(gone, self.batch.total - len(self.rows))
+        return self.batch.index[rows], self.entered.index_select(1, rows)
 
     def trace(self):
         entered = self.batch.lengths
@@ -177,6 +186,7 @@ class Forward:
         keeps_states: hidden states were asked for, so that other tokens than the pooled one are read.
         outer: the forward that this one runs inside of, on the same thread.
         calls: one `LayerCall` per layer so far.
+        first: the batch of all real tokens.
         departed: for each layer that dropped tokens, `(layer, (index, states))`.
     """
 
@@ -193,6 +203,8 @@ class Forward:
     gathered: dict = field(default_factory=dict)
     read: torch.Tensor | None = None
     guarded: torch.Tensor | None = None
+    first: PackedBatch | None = None
+    counted: list[int] | None = None
 
     @property
     def pooled_only(self):
@@ -201,12 +213,13 @@ class Forward:
 
     def begin(self, batch):
         """Find the tokens that heads read, in the batch of all real tokens."""
+        self.first = batch
         self.read = torch.zeros(batch.batch_size * batch.seq_len, dtype=torch.bool, device=batch.index.device)
         family = self.pruner.family
         if not family.pools_last:
             if self.pruner.pooled_head and not batch.dense:
                 _check_first_position(batch)
-            self.read[batch.index[batch.places < family.summary_tokens]] = True
+            self.read.index_copy_(0, batch.index, batch.places < family.summary_tokens)
         elif self.head_reads:
             self.read[self._last_that_is_no_padding(batch)] = True
         else:
@@ -237,7 +250,11 @@ class Forward:
 
     def pooled(self, batch):
         """`(number of non-empty sequences,)` rows of the tokens that a pooled head reads."""
-        return self.read[batch.index].nonzero().squeeze(1) if self.pruner.family.pools_last else batch.first_rows
+        return (
+            rows_of(self.read[batch.index], sum(map(bool, batch.lengths)))
+            if self.pruner.family.pools_last
+            else batch.first_rows
+        )
 
     def protected(self, batch):
         """`(T,)` bool: summary tokens, and tokens whose id the user protects."""
@@ -252,6 +269,19 @@ class Forward:
                 ids = torch.tensor(self.pruner.protected_ids, device=self.input_ids.device)
                 self.guarded = self.read | torch.isin(self.input_ids.reshape(-1), ids)
         return self.guarded[batch.index]
+
+    def spared(self):
+        """How many tokens of each sequence, in packed order, are protected; None where some sequence has none."""
+        if not self.pruner.family.summary_tokens:
+            return None
+        if self.counted is None:
+            batch = self.first
+            most = 1 if self.pruner.family.pools_last else self.pruner.family.summary_tokens
+            self.counted = [min(length, most) for length in batch.lengths]
+            if self.pruner.protected_ids:
+                _, guarded = batch.choose(self.protected(batch))
+                self.counted = guarded.lengths
+        return self.counted
 
     def gather(self, value, batch):
         """Bring a rotary `(cos, sin)` pair of `(1 or B, S, D)` into packed order `(1, T, D)`."""

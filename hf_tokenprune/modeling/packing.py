@@ -73,18 +73,26 @@ class PackedBatch:
                 "model takes a 2-D mask with one entry per token; 3-D and 4-D masks cannot be packed."
             )
         mask = mask.to(device=device, dtype=torch.bool)
-        lengths = mask.sum(1).tolist()
+        counts = mask.sum(1)
+        lengths = counts.tolist()
         if not any(lengths):  # layers cannot run on no token at all: let one stand for the empty batch
             mask = mask.clone()
-            mask[0, 0], lengths[0] = True, 1
+            mask[0, 0], counts[0], lengths[0] = True, 1, 1
         if min(lengths, default=0) == seq_len:
             return cls(batch_size, seq_len, lengths, samples, everything, dense=True)
-        index = everything[mask.reshape(-1)]
+        index = rows_of(mask.reshape(-1), sum(lengths))
         order = sorted(samples, key=lengths.__getitem__)
-        if order != samples:
-            pieces = index.split(lengths)
-            index = torch.cat([pieces[i] for i in order])
-        return cls(batch_size, seq_len, [lengths[i] for i in order], order, index)
+        if order == samples:
+            return cls(batch_size, seq_len, lengths, samples, index)._counted(counts)
+        there = counts.argsort(stable=True)
+        batch = cls(batch_size, seq_len, [lengths[i] for i in order], order, index)._counted(counts[there])
+        batch.index = index[(counts.cumsum(0) - counts)[there][batch.sequence_ids] + batch.places]
+        return batch
+
+    def _counted(self, counts):
+        """The device knows the lengths, too, so that they need not be sent there."""
+        self.__dict__["counts"] = counts
+        return self
 
     @property
     def total(self):
@@ -137,10 +145,20 @@ class PackedBatch:
         return bundles
 
     @cached_property
+    def counts(self):
+        """`(number of sequences,)` the lengths, on the device."""
+        return torch.tensor(self.lengths, device=self.index.device)
+
+    @cached_property
+    def bounds(self):
+        """`(number of sequences + 1,)` where each sequence begins, on the device, and where the last ends."""
+        return torch.nn.functional.pad(self.counts.cumsum(0), (1, 0))
+
+    @cached_property
     def ends(self):
-        """`(number of non-empty sequences + 1,)` int32, where each sequence begins, and where the last ends."""
-        ends = [0, *(start + length for start, length in zip(self.starts, self.lengths, strict=False) if length)]
-        return torch.tensor(ends, dtype=torch.int32, device=self.index.device)
+        """`bounds` of the sequences that are not empty, as int32."""
+        bounds = self.bounds if all(self.lengths) else self.bounds.unique()
+        return bounds.int()
 
     @cached_property
     def gapless(self):
@@ -153,15 +171,13 @@ class PackedBatch:
     @cached_property
     def sequence_ids(self):
         """`(T,)` for each token, the number of its sequence in packed order."""
-        lengths = torch.tensor(self.lengths, device=self.index.device)
         numbers = torch.arange(len(self.lengths), device=self.index.device)
-        return torch.repeat_interleave(numbers, lengths, output_size=self.total)
+        return torch.repeat_interleave(numbers, self.counts, output_size=self.total)
 
     @cached_property
     def places(self):
         """`(T,)` for each token, its place within its own sequence as it is now: 0, 1, 2, ..."""
-        starts = torch.tensor(self.starts[:-1], device=self.index.device)
-        return torch.arange(self.total, device=self.index.device) - starts[self.sequence_ids]
+        return torch.arange(self.total, device=self.index.device) - self.bounds[self.sequence_ids]
 
     @cached_property
     def positions(self):
@@ -171,14 +187,12 @@ class PackedBatch:
     @cached_property
     def first_rows(self):
         """`(number of non-empty sequences,)` packed row of the first token of each sequence."""
-        rows = [start for start, length in zip(self.starts, self.lengths, strict=False) if length]
-        return torch.tensor(rows, dtype=torch.long, device=self.index.device)
+        return self.ends[:-1].long()
 
     @cached_property
     def last_rows(self):
         """`(number of non-empty sequences,)` packed row of the last token of each sequence."""
-        rows = [start + length - 1 for start, length in zip(self.starts, self.lengths, strict=False) if length]
-        return torch.tensor(rows, dtype=torch.long, device=self.index.device)
+        return self.ends[1:].long() - 1
 
     def pack(self, padded):
         """`(B, S, *rest)` or, for something all samples share, `(1, S, *rest)` -> `(1, T, *rest)`."""
@@ -206,19 +220,51 @@ class PackedBatch:
     @cached_property
     def lengths_by_token(self):
         """`(T,)` how long the sequence of each token is."""
-        return torch.tensor(self.lengths, device=self.index.device)[self.sequence_ids]
+        return self.counts[self.sequence_ids]
 
-    def select(self, rows, weights=None):
-        """The batch of the tokens at `rows` `(K,)` (ascending) only, with `weights` `(K,)` if they are soft."""
-        kept = self.sequence_ids[rows]
-        lengths = torch.bincount(kept, minlength=len(self.lengths)).tolist()
+    def choose(self, stays, weights=None, lengths=None):
+        """The tokens that stay, `(T,)` bool, with their `weights` `(T,)` if they are soft.
+
+        Returns:
+            `(rows, batch)`: their rows `(K,)`, ascending, and the batch of them alone. The device is asked once, for the `lengths`,
+            unless these are known.
+        """
+        counts = torch.zeros_like(self.counts).index_add_(0, self.sequence_ids, stays.to(self.counts.dtype))
+        lengths = counts.tolist() if lengths is None else lengths
+        rows = rows_of(stays, sum(lengths))
+        return rows, self._of(rows, lengths, counts, None if weights is None else weights[rows])
+
+    def one_each(self, rows):
+        """The batch of one token of each sequence, those at `rows`."""
+        return self._of(rows, [min(length, 1) for length in self.lengths], self.counts.clamp(max=1))
+
+    def _of(self, rows, lengths, counts, weights=None):
         chosen = PackedBatch(
             self.batch_size, self.seq_len, lengths, self.samples, self.index[rows],
             weights=weights, masked=self.masked, thinned=True,
         )  # fmt: skip
-        chosen.__dict__["sequence_ids"] = kept
-        return chosen
+        chosen.__dict__["sequence_ids"] = self.sequence_ids[rows]
+        return chosen._counted(counts)
 
     def with_weights(self, weights, masked=False):
         """The same tokens, with other `weights` `(T,)`."""
-        return replace(self, weights=weights, masked=masked)
+        return replace(self, weights=weights, masked=masked)._counted(self.counts)
+
+
+def rows_of(mask, count):
+    """`(count,)` ascending, the rows where a mask `(T,)` is True, which are `count` many. The device need not be asked how many.
+
+    Example:
+        >>> rows_of(torch.tensor([False, True, True]), 2)
+        tensor([1, 2])
+    """
+    if mask.device.type == "cpu":
+        return mask.nonzero().squeeze(1)
+    return scattered_rows(mask, count)
+
+
+def scattered_rows(mask, count):
+    """As `rows_of`, without looking at how many there are."""
+    everyone = torch.arange(len(mask), device=mask.device)
+    target = torch.where(mask, mask.cumsum(0) - 1, count)
+    return everyone.new_empty(count + 1).scatter_(0, target, everyone)[:count]

@@ -15,7 +15,7 @@ from .architectures import find_encoder, get_layers, is_sharded, reads_only_pool
 from .attention import ATTENTION, register_attention
 from .calls import Forward, LayerCall, active
 from .errors import ConfigError, UnsupportedInputError
-from .packing import PackedBatch, check_not_empty
+from .packing import PackedBatch, check_not_empty, rows_of
 from .padded import after_attention, before_attention, on_probabilities
 from .selection import SELECTORS
 from .shapes import shape_map
@@ -40,6 +40,7 @@ class TokenPruner(nn.Module):
             selector in training mode; a token of weight 0 is dropped. In the place of a selector that looks before the layer
             it gets the hidden states `(T, H)` instead of importance, and a token of weight 0 waits, masked, for its gradient.
         watched: layers whose importance is wanted, and then found in `last_forward.calls[layer].importance`.
+        differentiable: the importance of watched layers has a gradient.
         remembers: hidden states before and after each layer are wanted, and then found in `last_forward.calls[layer]` as `entered`
             and `left`.
         soft_in_eval: use `soft` in evaluation mode too.
@@ -73,6 +74,7 @@ class TokenPruner(nn.Module):
         self.soft = {}
         self.soft_in_eval = False
         self.watched = frozenset()
+        self.differentiable = False
         self.remembers = False
         self.objective = None
         self.meter = None
@@ -279,9 +281,11 @@ class TokenPruner(nn.Module):
             site=site,
             gates=self.soft[number] if site is not None and self.is_soft else None,
             protected=None if site is None else forward.protected(batch),
+            spared=None if site is None else forward.spared(),
             pooled=forward.pooled(batch) if forward.pooled_only and number == self.layer_count - 1 else None,
             summary=forward.summary(batch) if number in self.watched else None,
             watched=number in self.watched,
+            differentiable=self.differentiable and number in self.watched,
         )  # fmt: skip
         forward.calls.append(call)
         kwargs = {
@@ -304,12 +308,13 @@ class TokenPruner(nn.Module):
             weights = weights if batch.weights is None else weights * batch.weights
             return batch.with_weights(weights, masked=True), states
         keep = site.keep(states[0], batch, protected)
-        rows = keep.nonzero().squeeze(1)
+        rows, chosen = batch.choose(keep)
         if rows.shape[0] == batch.total:
             return batch, states
         if not forward.pooled_only:
-            forward.departed.append((number, (batch.index[~keep], states[:, ~keep])))
-        return batch.select(rows), states.index_select(1, rows)
+            gone = rows_of(~keep, batch.total - len(rows))
+            forward.departed.append((number, (batch.index[gone], states.index_select(1, gone))))
+        return chosen, states.index_select(1, rows)
 
     @torch.compiler.disable
     def _before_cut(self, module, args):

@@ -21,6 +21,22 @@ def register_selector(cls):
     return cls
 
 
+class OnHost:
+    """What a buffer holds as plain numbers, fetched from the device only when it has changed."""
+
+    def __init__(self):
+        self.state, self.numbers = None, None
+
+    def of(self, buffer):
+        """`buffer.tolist()`."""
+        if buffer.is_inference():
+            return buffer.tolist()
+        state = id(buffer), buffer.data_ptr(), buffer._version
+        if self.state != state:
+            self.state, self.numbers = state, buffer.tolist()
+        return self.numbers
+
+
 def relative_rank(importance, batch, protected):
     """Where each token stands among the droppable tokens of its own sequence: 0 = most, 1 = least important.
 
@@ -44,17 +60,22 @@ def relative_rank(importance, batch, protected):
     else:
         table = score.new_full((rows, width), float("-inf"))
         table[batch.sequence_ids, batch.places] = score
-    ranks = table.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    order = table.argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand_as(order))
     rank = ranks.view(-1) if even else ranks[batch.sequence_ids, batch.places]
     return rank, (rank + 0.5) / droppable[batch.sequence_ids].clamp(min=1)
+
+
+def relative_ranks(count):
+    """What `relative_rank` gives to the ranks of a sequence of so many droppable tokens, to the last bit."""
+    return (torch.arange(count) + 0.5) / torch.full((count,), float(count))
 
 
 def most_important(importance, batch, protected):
     """`(T,)` bool: the most important token of each sequence that has no protected one, so that none ever ends empty."""
     rank, _ = relative_rank(importance, batch, protected)
-    guarded = torch.zeros(len(batch.lengths), dtype=torch.bool, device=protected.device)
-    guarded[batch.sequence_ids[protected]] = True
-    return (rank == 0) & ~guarded[batch.sequence_ids]
+    guarded = torch.zeros(len(batch.lengths), device=protected.device).index_add_(0, batch.sequence_ids, protected.float())
+    return (rank == 0) & (guarded == 0)[batch.sequence_ids]
 
 
 class Selector(nn.Module):
@@ -67,6 +88,10 @@ class Selector(nn.Module):
     def keep(self, importance, batch, protected):
         """`(T,)` bool: which tokens stay. `importance` `(T,)` is None if `needs_importance` is False."""
         raise NotImplementedError
+
+    def count(self, droppable):
+        """How many of so many droppable tokens of a sequence stay, if that is all it depends on; else None."""
+        return None
 
     def settings(self):
         """What `config.token_pruning` says of this selector besides its kind."""
@@ -105,14 +130,14 @@ class RankBins(Selector):
             raise ConfigError(f"RankBins(bins={bins!r}): bins is a whole number from 1 to 10000.")
         self.bins = bins
         self.register_buffer("kept", torch.ones(bins, dtype=torch.int8))
-        self._pattern = (None, [])
+        self.on_host, self.counts = OnHost(), (None, {})
 
     def set_kept(self, kept):
         """Say which bins are kept: `bins` booleans, bin 0 (most important) first."""
         kept = torch.as_tensor(kept)
         if kept.shape != (self.bins,) or ((kept != 0) & (kept != 1)).any():
             raise ConfigError(f"RankBins(bins={self.bins}).set_kept({kept.tolist()}): give {self.bins} booleans.")
-        self.kept.copy_(kept.to(torch.int8))
+        self.kept.copy_(kept.to(torch.int8), non_blocking=True)
 
     def keep(self, importance, batch, protected):
         pattern = self.pattern()
@@ -124,14 +149,18 @@ class RankBins(Selector):
         _, relative = relative_rank(importance, batch, protected)
         return self.kept[self.bin_of(relative)].bool() | protected
 
+    def count(self, droppable):
+        pattern = self.pattern()
+        if self.counts[0] is not pattern:
+            self.counts = (pattern, {})
+        known = self.counts[1]
+        if droppable not in known:
+            known[droppable] = sum(pattern[i] for i in self.bin_of(relative_ranks(droppable)).tolist())
+        return known[droppable]
+
     def pattern(self):
-        """The kept bins as a list of 1, 0 (or -1 = unknown), fetched from the device only when the buffer has changed."""
-        if self.kept.is_inference():
-            return self.kept.tolist()
-        state = (id(self.kept), self.kept.data_ptr(), self.kept._version)
-        if self._pattern[0] != state:
-            self._pattern = (state, self.kept.tolist())
-        return self._pattern[1]
+        """The kept bins as a list of 1, 0 (or -1 = unknown)."""
+        return self.on_host.of(self.kept)
 
     @property
     def needs_importance(self):
@@ -172,7 +201,14 @@ class TopK(Selector):
             raise ConfigError(
                 f"TopK(keep={keep!r}): keep is a share in (0, 1] (a float) or a number of tokens from 1 to a million (an int)."
             )
-        self.share = keep
+        self.share, self.counts = keep, {}
+
+    def count(self, droppable):
+        if isinstance(self.share, int):
+            return min(self.share, droppable)
+        if droppable not in self.counts:
+            self.counts[droppable] = int((relative_ranks(droppable) < self.share).sum())
+        return self.counts[droppable]
 
     def keep(self, importance, batch, protected):
         rank, relative = relative_rank(importance, batch, protected)
@@ -225,7 +261,7 @@ class Skim(Selector):
             self.net[4].bias.copy_(torch.tensor([-self.START, self.START]) / self.GAIN)
         # Added to the logit of keeping; infinite while everything is kept. Training moves it to meet a budget.
         self.register_buffer("offset", torch.tensor(float("inf")))
-        self._offset = (None, 0.0)
+        self.on_host = OnHost()
 
     def logits(self, states):
         """`(T, H)` hidden states -> `(T, 2)` logits of dropping and of keeping."""
@@ -245,13 +281,8 @@ class Skim(Selector):
         return stays | most_important(logits[:, 1] - logits[:, 0], batch, protected)
 
     def offset_value(self):
-        """The offset as a float, fetched from the device only when it has changed."""
-        if self.offset.is_inference():
-            return self.offset.item()
-        state = (id(self.offset), self.offset.data_ptr(), self.offset._version)
-        if self._offset[0] != state:
-            self._offset = (state, self.offset.item())
-        return self._offset[1]
+        """The offset as a float."""
+        return self.on_host.of(self.offset)
 
     @property
     def idle(self):
