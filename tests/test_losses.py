@@ -231,3 +231,36 @@ def test_ranking_is_computed_in_float32():
     assert half.dtype == torch.float32
     assert half == losses.ranking_distillation(student.float(), teacher.float(), mask)
     assert losses.lambda_arp2(student, teacher, mask).equal(losses.lambda_arp2(student.float(), teacher.float(), mask))
+
+
+# listwise ranking
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_listwise_is_the_divergence_of_shares_from_a_softmax(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores, relevance = torch.randn(4, 7, generator=generator), torch.rand(4, 7, generator=generator)
+    mask = torch.rand(4, 7, generator=generator) < 0.7
+    mask[0], mask[1, 2], relevance[2] = True, True, 0
+    mask[3] = False
+    scores[~mask], relevance[~mask] = float("nan"), float("inf")
+    scores.requires_grad_()
+    loss = losses.listwise(scores, relevance, mask)
+    expected = 0
+    for row in range(2):
+        y, s = relevance[row][mask[row]].double(), scores[row][mask[row]].detach().double()
+        for share, score in zip((y / y.sum()).tolist(), s.tolist(), strict=True):
+            expected += share * (math.log(share) - (score - math.log(s.exp().sum().item())))
+    assert loss.item() == pytest.approx(expected / 4, abs=1e-6)
+    loss.backward()
+    assert scores.grad[~mask].eq(0).all()
+    assert scores.grad[0].abs().min() > 0
+
+
+def test_listwise_is_0_at_its_optimum():
+    relevance, mask = torch.tensor([[3.0, 1.0, 0.0, 9.0]]), torch.tensor([[True, True, True, False]])
+    scores = torch.tensor([[math.log(3) + 5, 5.0, -100.0, 0.0]], requires_grad=True)
+    loss = losses.listwise(scores, relevance, mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert scores.grad.abs().max() < 1e-6

@@ -28,6 +28,10 @@ def top(budget, teacher):
     return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES)
 
 
+def top_learned(budget, teacher):
+    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="learned")
+
+
 def both(budget, teacher):
     return tp.Compose(tp.StructuredPruning(), tp.ToP(), target_macs=budget, teacher=teacher, schedule=PHASES)
 
@@ -51,6 +55,7 @@ METHODS = {
     "topk": Method(trained=False),
     "topk-trained": Method(),
     "top": Method(top),
+    "top-learned": Method(top_learned),
     "structured": Method(structured),
     "structured+top": Method(both),
     "infor-coef": Method(infor_coef),

@@ -4,7 +4,7 @@ from .bottleneck import information_norm, negative_entropy
 from .constraint import lagrangian
 from .distillation import logit_distillation, regression_distillation
 from .layer_match import layer_distances, layer_distillation, match_layers, mean_square
-from .ranking import lambda_arp2, ranking_distillation
+from .ranking import lambda_arp2, listwise, ranking_distillation
 
 __all__ = [
     "information_norm",
@@ -12,6 +12,7 @@ __all__ = [
     "lambda_arp2",
     "layer_distances",
     "layer_distillation",
+    "listwise",
     "logit_distillation",
     "match_layers",
     "mean_square",

@@ -36,6 +36,30 @@ def lambda_arp2(scores, relevance, mask, *, sigma=1.0):
     return (gain * -functional.logsigmoid(sigma * lead)).sum((1, 2)) / math.log(2)
 
 
+def listwise(scores, relevance, mask):
+    """ListNet's loss (Cao et al. 2007, "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML): relevance, shared out
+    to the entries of a row in proportion, is to be what the softmax of the scores gives them.
+
+    Args:
+        scores: `(B, L)` what is to be ordered, higher = ranked first.
+        relevance: `(B, L)`, 0 or more; gets no gradient.
+        mask: `(B, L)` bool, the real entries. The others may hold anything and get no gradient.
+
+    Returns:
+        A scalar, at least float32: the mean over rows of `KL(shares of relevance || softmax(scores))`, 0 for a row that has nothing
+        relevant.
+
+    Example:
+        >>> relevance, mask = torch.tensor([[6.0, 3.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
+        >>> listwise(relevance.log(), relevance, mask).abs() < 1e-6, listwise(-relevance.log(), relevance, mask) > 0.5
+        (tensor(True), tensor(True))
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~mask, torch.finfo(torch.float32).min)
+    relevance = relevance.detach().to(scores.dtype).masked_fill(~mask, 0)
+    shares = relevance / relevance.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    return (torch.xlogy(shares, shares) - shares * scores.log_softmax(1)).sum(1).mean()
+
+
 def ranking_distillation(student, teacher, mask, *, top_k=20, scale=None, sigma=1.0):
     """ToP's ranking distillation (Li et al. 2023, arXiv 2306.14393).
 

@@ -69,6 +69,7 @@ class Objective:
         forwards: the `Forwards` of the running micro-batch.
         readout: what the model's outputs are read for, where the model itself does not know: a callable that makes embeddings
             `(B, ...)` of them, which are then distilled; or None.
+        traced: a callable `(objective, taught)` that looks at the gradients of the teacher's output and takes them from it; or None.
     """
 
     def __init__(self, model, distill_weight):
@@ -86,6 +87,7 @@ class Objective:
         self.wrapper, self.sharded = None, False
         self.forwards = Forwards()
         self.readout = None
+        self.traced = None
         self._sums, self._counts = defaultdict(float), defaultdict(int)
 
     # What a method defines.
@@ -258,8 +260,10 @@ class Objective:
         return labels / items
 
     def _distill(self, model, outputs, args, kwargs):
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.traced is not None):
             taught = self.teacher(*args, **_without_labels(kwargs))
+        if self.traced is not None:
+            self.traced(self, taught)
         self.taught = taught
         if self.readout is not None:
             student, target = self.readout(outputs), self.readout(taught)

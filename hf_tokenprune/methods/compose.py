@@ -47,6 +47,12 @@ class Compose(GatedMethod):
             if given:
                 raise ConfigError(f"{kind.__name__}({given[0]}=...) inside of Compose has no effect: give it to Compose.")
 
+        if self.tokens.importance != "attention":
+            raise ConfigError(
+                f"Compose(tokens=ToP(importance={self.tokens.importance!r})): a learned importance reads weights that would be cut. "
+                "Leave it out."
+            )
+
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""
         parts = {name: getattr(self, name).settings() for name in ("weights", "tokens")}

@@ -7,6 +7,7 @@ import torch
 from transformers.utils import logging
 
 from ..budget import Budget
+from ..cost import layer_shapes
 from ..errors import ConfigError
 from ..gates import log_alpha_for
 from ..losses import ranking_distillation
@@ -17,6 +18,7 @@ from ..schedule import ramp
 from .base import Helper
 from .budgeted import BudgetedGates, Part
 from .gated import GatedMethod, GatedObjective, plain_settings
+from .saliency import SaliencyLoss
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +33,11 @@ class ToP(GatedMethod):
     The teacher's logits are distilled, and its last layer's ranking of the tokens, with LambdaARP2, into the early layers
     (section 4.1).
 
+    Attention received does not tell which tokens an answer is made of. `importance="learned"` (not in the paper) adds to its
+    logarithm, at each site, what a linear map reads from a token's hidden state and from what attention has just brought to it.
+    From the start of the annealing to the end of the run these maps are taught to foresee the teacher's saliency: the norm of the
+    gradient of what it says with respect to each token's hidden state. That takes a backward pass through the teacher in each step.
+
     Two ways to hold the target. "lagrangian" is the paper's: all gates start open and alike, and multipliers are learned that
     press on all of them; they need thousands of steps to follow. "projected" holds it exactly in every step: a common shift of all
     gates is solved for, and the gates' gradient is projected onto the plane of equal cost, so that the task only moves tokens
@@ -41,10 +48,13 @@ class ToP(GatedMethod):
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's. 0.4 is 2.5 times fewer.
         teacher: "self" (the model as it is after the dense phase of this run), a folder or Hub id, a model, or None.
-        sites: layers that may drop tokens; None = all but the first (and the last, where a pooled head reads one token).
+        sites: layers that may drop tokens; None = all but the first (and the last, where a pooled head reads one token). The first
+            is among them where importance is learned.
         rank_bins: gates per site. More are finer and slower to learn.
         rank_topk: how many of the teacher's most important tokens the ranking loss looks at.
         rank_weight: weight of the ranking loss at the start; it falls to 1 % of this over the annealing. 0 = none.
+        importance: what tokens are ranked by: "attention", the attention they receive (the paper's), or "learned", see above.
+        importance_weight: weight of the loss that teaches a learned importance.
         distill_weight: weight of the teacher's logits against the task's own loss of weight 1.
         layer_weight: weight of the teacher's hidden states, layer by layer, on the tokens that are left (the paper has none).
         constraint: "projected" or "lagrangian", see above.
@@ -66,6 +76,8 @@ class ToP(GatedMethod):
     rank_bins: int = 50
     rank_topk: int = 20
     rank_weight: float = 0.0
+    importance: str = "attention"
+    importance_weight: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,7 +88,13 @@ class ToP(GatedMethod):
         for name in ("rank_bins", "rank_topk"):
             if type(getattr(self, name)) is not int or not 2 <= getattr(self, name) <= 10_000:
                 self.refuse(name, "a whole number from 2 to 10000")
-        self.check_weights("rank_weight")
+        self.check_weights("rank_weight", "importance_weight")
+        if self.importance not in ("attention", "learned"):
+            self.refuse("importance", '"attention" or "learned"')
+        if self.importance == "learned" and self.teacher is None:
+            self.refuse("importance", "it is learned from a teacher, and there is none")
+        if self.importance == "learned" and self.rank_weight:
+            self.refuse("rank_weight", "0 where importance is learned, which has a loss of its own")
 
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""
@@ -99,18 +117,22 @@ class ToP(GatedMethod):
             target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=False,
         )  # fmt: skip
         helpers = [*self.layer_distillation(model, gates.state, matched=False), *self.ranking(model, sites)]
+        if self.importance == "learned":
+            helpers.append(SaliencyLoss(sites, self.importance_weight))
         return ToPObjective(model, self, gates, helpers=helpers)
 
     def place(self, model, settings, target):
         """Attach selectors to the model. Returns the sites, in order of layers."""
         probe = TokenPruner(model, make_config())
         possible = probe.possible_sites()
-        if self.sites is None and possible in ([], [0]):
+        learned = self.importance == "learned"  # it ranks well in the first layer, too, where attention does not yet
+        usual = [site for site in possible if site or learned]
+        if self.sites is None and not usual:
             raise ConfigError(
                 f"{type(model).__name__} has {probe.layer_count} layers, too few to drop tokens after the first: "
                 "name the layers yourself, ToP(sites=(0,))."
             )
-        sites = sorted({site for site in possible if site} if self.sites is None else set(self.sites))
+        sites = sorted(set(usual if self.sites is None else self.sites))
         probe.check_sites(sites)
         least = math.ceil(1000 * Budget(model, probe, sites).least()) / 1000
         if target is not None and target < least:
@@ -118,13 +140,21 @@ class ToP(GatedMethod):
                 f"ToP(target_macs={target}) is out of reach with sites {sites}: with every token dropped at the first of "
                 f"them, {least} of the dense model's MACs are left. Ask for that or more, or add earlier sites."
             )
-        selectors = {site: RankBins(self.rank_bins) for site in sites}
+        selectors = {site: RankBins(self.rank_bins, **self._reads(model, probe, site)) for site in sites}
         protected = []
         if is_token_pruned(model):
             protected = model.token_pruner.protected_ids
             _take_over(model.token_pruner.sites, selectors)
         attach(model, selectors, protected, method=settings)
         return sites
+
+    def _reads(self, model, probe, site):
+        """The sizes of what the scorer at a site reads, if importance is learned."""
+        if self.importance == "attention":
+            return {}
+        if probe.family.probabilities:
+            raise ConfigError(f'ToP(importance="learned") is not there for {type(model).__name__}: use "attention".')
+        return {"hidden": probe.hidden_size, "width": layer_shapes(model)[site].attention // 2}
 
     def ranking(self, model, sites):
         """The ranking loss, if it has any weight."""
@@ -136,8 +166,8 @@ def _take_over(old, selectors):
     if sorted(map(int, old)) == sorted(selectors):
         for site, selector in selectors.items():
             known = old[str(site)]
-            if isinstance(known, RankBins) and known.bins == selector.bins:
-                selector.set_kept(known.kept.cpu())
+            if isinstance(known, RankBins) and known.settings() == selector.settings():
+                selector.load_state_dict(known.state_dict())
 
 
 class TokenBins(Part):
@@ -253,6 +283,10 @@ def _to_padded(call):
 
 class ToPObjective(GatedObjective):
     """See `ToP`."""
+
+    def parameters(self):
+        scorers = (parameter for site in self.pruner.sites.values() for parameter in site.parameters())
+        return [*self.pruner.training_state.parameters(), *scorers]
 
     def tell_out_of_reach(self, spent):
         logger.warning(

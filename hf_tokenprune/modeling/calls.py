@@ -64,7 +64,7 @@ class LayerCall:
         differentiable: the importance is to have a gradient.
         rows: `(K,)` the tokens that stay, known once attention has run; None = all, who are then in `everyone` if gated.
         survivors: the tokens that leave the layer on its normal way.
-        importance: `(T,)` attention received, at a site and in a watched layer.
+        importance: `(T,)` attention received, at a site and in a watched layer; or what the site makes of it.
         left: `(1, T, H)` hidden states of the survivors after the layer, if the pruner is to remember them.
     """
 
@@ -88,6 +88,11 @@ class LayerCall:
     left: torch.Tensor | None = None
 
     @property
+    def scorer(self):
+        """What makes importance of the attention received, or None."""
+        return getattr(self.site, "scorer", None)
+
+    @property
     def needs_importance(self):
         """Must this layer's attention say what each token receives?"""
         return self.watched or self.site is not None
@@ -103,11 +108,18 @@ class LayerCall:
             differentiable=self.differentiable,
             say=None if self.pruner.structure is None else self.pruner.structure.say(self.layer),
         )  # fmt: skip
-        self.decide(importance)
+        self.decide(importance, context)
         return context
 
-    def decide(self, importance):
-        """Choose the survivors, now that the importance of the tokens `(T,)` is known (None where nobody needs it)."""
+    def decide(self, importance, context=None):
+        """Choose the survivors, now that attention has run.
+
+        Args:
+            importance: `(T,)` the attention received, or None where nobody needs it.
+            context: `(1, T, heads, head_dim)` what it has brought together for each token; a scorer reads it.
+        """
+        if self.scorer is not None:
+            importance = self.scorer(importance, self.batch, self.entered[0], context[0].flatten(1))
         again = self.survivors is not None
         weights = None if self.gates is None else self._weights(importance)
         if again:

@@ -348,7 +348,7 @@ class TokenPruner(nn.Module):
         active.call = None
         if self.remembers:
             call.left = states
-        else:
+        elif call.scorer is None or not self.training:  # a scorer that gradient checkpointing runs again reads them again
             call.entered = None
         if call.layer == self.layer_count - 1:
             states = call.survivors.unpack(states, [gone for _, gone in forward.departed])

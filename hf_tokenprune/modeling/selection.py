@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm
 
 from .cutting import cut_parameter
 from .errors import ConfigError
@@ -108,6 +109,39 @@ class Selector(nn.Module):
         """The model's hidden units are cut down to those at `index`: cut what reads them, after telling `on_cut`."""
 
 
+class Scorer(nn.Module):
+    """Importance that is learned: the logarithm of the attention received, and what is read from a token's states.
+
+    Until it is trained it orders tokens as the attention received does.
+
+    Args:
+        hidden: the model's hidden size.
+        width: heads x head size.
+    """
+
+    GAIN = 10.0  # it has to learn within an epoch, at the learning rate of the weights
+
+    def __init__(self, hidden, width):
+        super().__init__()
+        self.received = nn.Parameter(torch.full((1,), 1 / self.GAIN))
+        self.entered = nn.Parameter(torch.zeros(hidden))
+        self.context = nn.Parameter(torch.zeros(width))
+
+    def forward(self, received, batch, entered, context):
+        """`(T,)` scores in float32.
+
+        Args:
+            received: `(T,)` the attention received.
+            batch: the `PackedBatch` the tokens belong to.
+            entered: `(T, hidden)` hidden states with which they entered the layer.
+            context: `(T, width)` what its attention has brought together for them.
+        """
+        score = self.received.float() * (received.float() * batch.lengths_by_token).clamp(min=1e-6).log()
+        for states, weight in ((entered, self.entered), (context, self.context)):
+            score = score + (layer_norm(states.float(), states.shape[-1:]) * weight.float()).sum(-1)
+        return self.GAIN * score
+
+
 @register_selector
 class RankBins(Selector):
     """ToP's selector (arXiv 2306.14393, section 4.2): keep or drop whole bins of relative rank.
@@ -116,6 +150,8 @@ class RankBins(Selector):
 
     Args:
         bins: number of bins; bin 0 holds the most important tokens of every sequence.
+        hidden, width: the model's hidden size, and heads x head size, for an importance that is learned (see `Scorer`); None =
+            importance is the attention received.
 
     Example:
         >>> selector = RankBins(bins=4)
@@ -124,11 +160,17 @@ class RankBins(Selector):
 
     kind = "rank_bins"
 
-    def __init__(self, bins=50):
+    def __init__(self, bins=50, hidden=None, width=None):
         super().__init__()
         if not isinstance(bins, int) or isinstance(bins, bool) or not 1 <= bins <= 10_000:
             raise ConfigError(f"RankBins(bins={bins!r}): bins is a whole number from 1 to 10000.")
-        self.bins = bins
+        for name, value in (("hidden", hidden), ("width", width)):
+            if (hidden, width) != (None, None) and (type(value) is not int or not 1 <= value <= 1_000_000):
+                raise ConfigError(
+                    f"RankBins({name}={value!r}): {name} is a whole number from 1 to a million, or both are None."
+                )
+        self.bins, self.hidden, self.width = bins, hidden, width
+        self.scorer = None if hidden is None else Scorer(hidden, width)
         self.register_buffer("kept", torch.ones(bins, dtype=torch.int8))
         self.on_host, self.counts = OnHost(), (None, {})
 
@@ -172,7 +214,11 @@ class RankBins(Selector):
         return ((relative + 5e-7) * self.bins).long().clamp(max=self.bins - 1)
 
     def settings(self):
-        return {"bins": self.bins}
+        learned = {} if self.scorer is None else {"hidden": self.hidden, "width": self.width}
+        return {"bins": self.bins, **learned}
+
+    def macs(self, tokens):
+        return 0 if self.scorer is None or not self.needs_importance else tokens * (self.hidden + self.width)
 
     def reset(self):
         self.kept.fill_(-1)

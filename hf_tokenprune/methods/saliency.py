@@ -1,0 +1,102 @@
+"""Saliency: how much what a teacher says hangs on each token in each layer, and scorers that learn to foresee it."""
+
+import torch
+from torch.nn.functional import normalize
+
+from ..losses import listwise
+from ..modeling.architectures import find_encoder, get_layers
+from .base import Helper
+
+
+class SaliencyLoss(Helper):
+    """Teaches the scorers at the sites which tokens the teacher's judgement hangs on, while the gates are learned and after.
+
+    The saliency of a token in a layer is the norm of the gradient of what the teacher says with respect to the hidden state with
+    which the token enters that layer: one backward pass through the teacher gives it for all layers. The loss goes on into the
+    encoder, whose early layers learn to find these tokens.
+    """
+
+    def __init__(self, sites, weight):
+        self.sites, self.weight = sites, weight
+        self.hooked = self.gradients = None
+
+    def prepare(self, objective):
+        teacher = objective.teacher
+        if teacher is None:
+            return
+        objective.traced = self.trace
+        objective.pruner.remembers = teacher.token_pruner.remembers = True
+        if self.hooked is not teacher:
+            self.hooked = teacher
+            get_layers(*find_encoder(teacher))[0].register_forward_pre_hook(_let_it_have_a_gradient)
+
+    def trace(self, objective, taught):
+        """Find the gradients of what the teacher has said, a model output made with gradients; then take these from it."""
+        calls = objective.teacher.token_pruner.last_forward.calls
+        said = sum(_said(*reading) for reading in _readings(objective, taught, calls[0].batch))
+        self.gradients = torch.autograd.grad(said, [call.entered for call in calls])
+        for call in calls:
+            call.entered, call.left = call.entered.detach(), call.left.detach()
+        for name, value in taught.items():
+            if isinstance(value, torch.Tensor):
+                taught[name] = value.detach()
+
+    def losses(self, objective):
+        if self.gradients is None:
+            return {}
+        gradients, self.gradients = self.gradients, None
+        theirs = objective.teacher.token_pruner.last_forward.calls
+        losses = []
+        for site in self.sites:
+            call = objective.pruner.last_forward.calls[site]
+            if call.importance is None:  # while settling, at a site that keeps every token
+                continue
+            layer = site * len(theirs) // objective.pruner.layer_count
+            salient = theirs[layer].batch.unpack(gradients[layer].float()).norm(dim=-1)
+            scores, mask = _scores(call)
+            losses.append(listwise(scores, salient, mask))
+        return {"importance": self.weight * torch.stack(losses).mean()} if losses else {}
+
+
+def _let_it_have_a_gradient(layer, args):
+    """A pre-hook, after the one that packs: the parameters of a teacher are frozen, so that nothing else would want one."""
+    if torch.is_grad_enabled() and not args[0].requires_grad:
+        args[0].requires_grad_()
+
+
+def _readings(objective, taught, batch):
+    """What is read of a model output: pairs of a tensor and, if it holds logits, which of them count."""
+    if objective.readout is not None:
+        return [(objective.readout(taught).float(), None)]
+    readings = []
+    for name, logits in taught.items():
+        if name.endswith("logits"):
+            real = torch.ones_like(logits, dtype=torch.bool)
+            if name in ("start_logits", "end_logits"):  # a span does not begin in padding
+                real = torch.zeros_like(real).flatten().index_fill(0, batch.index, True).view_as(real)
+            readings.append((logits.float(), real))
+    return readings or [(taught["last_hidden_state"].float(), None)]
+
+
+def _said(tensor, real):
+    """A scalar whose gradient is that of what is said: of how far the probable logits are above the mean, or of the only one; of an
+    embedding's length."""
+    if real is None:
+        weight = normalize(tensor, dim=-1)
+    elif tensor.shape[-1] == 1:
+        weight = torch.ones_like(tensor)
+    else:
+        weight = tensor.masked_fill(~real, torch.finfo(tensor.dtype).min).softmax(-1) - real / real.sum(-1, keepdim=True).clamp(
+            min=1
+        )
+    return (weight.detach() * tensor).sum()
+
+
+def _scores(call):
+    """The scores that a site gave as `(B, S)`, and which of these entries are droppable tokens that it saw."""
+    batch = call.batch
+    size = batch.batch_size * batch.seq_len
+    flat = call.importance.new_zeros(size).index_copy(0, batch.index, call.importance)
+    mask = torch.zeros(size, dtype=torch.bool, device=flat.device)
+    mask.index_copy_(0, batch.index, ~call.protected)
+    return flat.view(batch.batch_size, -1), mask.view(batch.batch_size, -1)

@@ -1,0 +1,280 @@
+"""Importance that is learned: scorers at the sites of ToP foresee what the teacher's judgement hangs on."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from families import build, make_inputs, outputs_of
+from reference import DEPTH, Reference, Rule, bins
+from test_pruning import LENGTHS, PATTERN, SUMMARY, assert_same_samples
+from torch.nn.functional import layer_norm
+from training_helpers import Rows, Texts, no_dropout, spent_share, stack, top, trainer_for
+from transformers import TrainerCallback
+
+import hf_tokenprune as tp
+from hf_tokenprune.methods.saliency import SaliencyLoss
+
+HEAD = "ForSequenceClassification"
+# Where the context of all heads is read.
+READERS = {
+    "bert": "attention.output.dense",
+    "distilbert": "attention.out_lin",
+    "modernbert": "attn.Wo",
+    "qwen3": "self_attn.o_proj",
+}
+CASES = [
+    *((name, "ForTokenClassification") for name in READERS), ("bert", "ForQuestionAnswering"), ("bert", HEAD), ("bert", "Model"),
+]  # fmt: skip
+
+
+def learning(**settings):
+    return top(importance="learned", rank_weight=0.0, **settings)
+
+
+def learned(seed, hidden=32, width=32):
+    """A selector whose scorer was trained: attention counts, and the states count for as much."""
+    torch.manual_seed(seed + 70)
+    selector = tp.RankBins(len(PATTERN), hidden, width)
+    selector.set_kept(PATTERN)
+    with torch.no_grad():
+        for parameter in selector.scorer.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return selector
+
+
+def pruned(name, head, make=learned):
+    model = tp.pack(build(name, head, **no_dropout(name)))
+    width = model.get_submodule(reader_paths(model, name)[0]).in_features
+    return tp.attach(model, {layer: make(layer, width=width) for layer in model.token_pruner.possible_sites()})
+
+
+def reader_paths(model, name):
+    return [path for path, _ in model.named_modules() if path.endswith(READERS[name])]
+
+
+class LearnedReference(Reference):
+    """The masked dense model, in which the scores are written out."""
+
+    def __init__(self, model, name, selectors):
+        super().__init__(model, {layer: Rule(bins(PATTERN), SUMMARY[name]) for layer in selectors}, causal=SUMMARY[name] < 0)
+        self.selectors = selectors
+        for path in reader_paths(model, name):
+            model.get_submodule(path).register_forward_pre_hook(lambda _, args: setattr(self, "context", args[0]))
+
+    def _received(self, row, living):
+        scorer = self.selectors[self.number].scorer
+        score = scorer.received * (len(living) * super()._received(row, living)).log()
+        for states, weight in ((self.entered, scorer.entered), (self.context, scorer.context)):
+            score = score + layer_norm(states[row], weight.shape) @ weight
+        return score
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs)
+
+
+@pytest.mark.parametrize(("name", "head"), CASES)
+def test_pruned_equals_masked(name, head):
+    model, inputs = pruned(name, head), make_inputs(name, head, LENGTHS)
+    dense = build(name, head, **no_dropout(name))
+    dense.config._attn_implementation = "eager"
+    reference = LearnedReference(dense, name, {int(layer): site for layer, site in model.token_pruner.sites.items()})
+    assert_same_samples(run(model, inputs), reference, inputs)
+    assert sum(model.token_pruner.trace[2].survived) < 0.6 * sum(model.token_pruner.trace[0].arrived)
+
+
+@pytest.mark.parametrize(("name", "head"), CASES)
+def test_before_training_it_is_attention_received(name, head):
+    def untrained(_, **sizes):
+        selector = tp.RankBins(len(PATTERN), **({"hidden": 32, **sizes} if sizes["width"] else {}))
+        selector.set_kept(PATTERN)
+        return selector
+
+    inputs = make_inputs(name, head, LENGTHS)
+    found = outputs_of(pruned(name, head, untrained), inputs)
+    expected = outputs_of(pruned(name, head, lambda layer, **_: untrained(layer, width=None)), inputs)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_it_costs_what_it_reads():
+    model, inputs = pruned("bert", "ForTokenClassification"), make_inputs("bert", "ForTokenClassification", LENGTHS)
+    run(model, inputs)
+    with_scorers, entered = sum(tp.cost.trace_macs(model)), [sum(layer.entered) for layer in model.token_pruner.trace]
+    assert with_scorers - sum(tp.cost.trace_macs(free(model))) == 64 * sum(entered)
+    for site in model.token_pruner.sites.values():
+        site.set_kept([1] * len(PATTERN))
+    run(model, inputs)
+    assert tp.cost.trace_macs(model) == tp.cost.dense_macs(model, LENGTHS), "where nobody goes, nobody is looked at"
+
+
+def free(model):
+    """The same model and its trace, without scorers."""
+    model = copy.deepcopy(model)
+    for site in model.token_pruner.sites.values():
+        site.scorer = None
+    return model
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    model, inputs = pruned("bert", "ForQuestionAnswering"), make_inputs("bert", "ForQuestionAnswering", LENGTHS)
+    expected = outputs_of(model, inputs)
+    model.save_pretrained(tmp_path)
+    found = outputs_of(tp.from_pretrained(tmp_path), inputs)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("sizes", [(32, None), (None, 32), (0, 32), (32, 2.0), (True, 32), ("32", 32)])
+def test_sizes_that_are_none_are_refused(sizes):
+    with pytest.raises(tp.errors.ConfigError, match="RankBins"):
+        tp.RankBins(4, *sizes)
+
+
+# What it is taught.
+
+
+@pytest.mark.parametrize("head", [HEAD, "ForQuestionAnswering"])
+def test_saliency_is_the_gradient_of_what_the_dense_model_says(tmp_path, head):
+    labels = {"start_positions": 1, "end_positions": 2} if head != HEAD else {"labels": 1}
+    model = build("bert", head, **no_dropout())
+    data = Rows("bert", head, lambda _: {name: torch.full((6,), value) for name, value in labels.items()})
+    trainer = trainer_for(
+        tmp_path, learning(teacher=build("bert", head, seed=5), schedule=tp.Schedule(dense=0)), model=model,
+        max_steps=1, data=data, data_collator=stack,
+    )  # fmt: skip
+    seen = []
+    take = SaliencyLoss.trace
+
+    class Spy(TrainerCallback):
+        def on_step_begin(self, *_, model=None, **__):
+            loss = model.token_pruner.objective.helpers[-1]
+            assert isinstance(loss, SaliencyLoss)
+
+            def trace(objective, taught):
+                take(loss, objective, taught)
+                batch = objective.teacher.token_pruner.last_forward.calls[0].batch
+                seen.append((objective.pruner.last_forward.input_ids, [batch.unpack(g) for g in loss.gradients]))
+
+            loss.trace = trace
+
+    trainer.add_callback(Spy())
+    trainer.train()
+    ids, found = seen[0]
+    dense = build("bert", head, seed=5, **no_dropout())
+    dense.config._attn_implementation = "eager"
+    states = []
+    for layer in dense.base_model.encoder.layer:
+        layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    output = dense(input_ids=ids, attention_mask=(ids != 0).long())
+    said = 0
+    for name in [name for name in output if name.endswith("logits")]:
+        for row, text in zip(output[name], ids, strict=True):
+            row = row if head == HEAD else row[: int((text != 0).sum())]
+            said = said + (row.softmax(0).detach() * row).sum() - row.mean()
+    expected = torch.autograd.grad(said, states)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine[ids != 0], theirs[ids != 0], atol=1e-5, rtol=0)
+
+
+def trained(folder, resume=None, **arguments):
+    settings = arguments.pop("settings", {})
+    trainer = trainer_for(folder, learning(**settings), **arguments)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_scorers_learn_to_foresee_and_the_budget_is_met(tmp_path):
+    torch.manual_seed(0)
+    trainer = trained(tmp_path, max_steps=90, per_device_train_batch_size=16, logging_steps=5, data=Texts(320))
+    losses = [entry["importance"] for entry in trainer.state.log_history if "importance" in entry]
+    assert len(losses) == 12, "while annealing and while settling"
+    assert losses[-1] < 0.6 * losses[0]
+    assert spent_share(trainer.model, Texts(64, seed=2)) < 0.53
+
+
+def test_scorers_have_a_gradient_in_every_step(tmp_path):
+    """As distributed training wants."""
+
+    class Gradients(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_pre_optimizer_step(self, *_, model=None, **__):
+            self.seen.append([p.grad is not None for site in model.token_pruner.sites.values() for p in site.parameters()])
+
+    look = Gradients()
+    trained(tmp_path, callbacks=[look])
+    assert look.seen == [[True] * 9] * 12
+
+
+@pytest.mark.parametrize("step", [2, 6, 10])
+def test_a_run_killed_and_resumed_ends_with_the_same_weights(tmp_path, step):
+    def go(folder, resume=None):
+        torch.manual_seed(0)
+        saves = {"save_strategy": "steps", "save_steps": 1, "data": Texts(48), "model": build("bert", HEAD)}
+        return trained(folder, resume, **saves).model.state_dict()
+
+    expected = copy.deepcopy(go(tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
+    if (tmp_path / "whole" / "_teacher").exists():
+        shutil.copytree(tmp_path / "whole" / "_teacher", tmp_path / "again" / "_teacher")
+    found = go(tmp_path / "again", str(tmp_path / "again" / f"checkpoint-{step}"))
+    assert any(".scorer." in name for name in expected)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("layer_weight", [0.0, 1.0])
+def test_activation_checkpointing_changes_nothing(tmp_path, layer_weight):
+    states = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        asked = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+        settings = {"layer_weight": layer_weight, "gate_lr": 2.0}
+        model = build("bert", HEAD)
+        states.append(trained(tmp_path, settings=settings, model=model, **(asked if checkpointing else {})).model.state_dict())
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
+def test_a_pruned_model_may_be_trained_further_with_checkpointing():
+    gradients = []
+    for checkpointing in (False, True):
+        model, inputs = pruned("bert", HEAD).train(), make_inputs("bert", HEAD, LENGTHS)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model(**inputs, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        assert sum(model.token_pruner.trace[2].survived) < sum(model.token_pruner.trace[0].arrived)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[1][name], value) for name, value in gradients[0].items())
+
+
+def test_a_model_that_has_it_can_be_trained_on_and_opened_for_evaluation(tmp_path):
+    model = trained(tmp_path).model
+    before = {name: value.clone() for name, value in model.token_pruner.sites.state_dict().items()}
+    tp.TokenPruneCallback(learning()).attach(model)
+    found = model.token_pruner.sites.state_dict()
+    assert sorted(model.token_pruner.sites) == [str(layer) for layer in range(DEPTH - 1)]
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"importance": "hidden"}, "importance"),
+        ({"importance": None}, "importance"),
+        ({"importance": "learned", "teacher": None}, "teacher"),
+        ({"importance": "learned", "rank_weight": 0.1}, "rank_weight"),
+        ({"importance_weight": -1}, "importance_weight"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, why):
+    with pytest.raises(tp.errors.ConfigError, match=why):
+        tp.ToP(target_macs=0.4, **settings)
+
+
+def test_where_it_is_not_there_it_is_refused():
+    with pytest.raises(tp.errors.ConfigError, match="learned"):
+        tp.Compose(tp.StructuredPruning(), tp.ToP(importance="learned"), target_macs=0.4)
+    with pytest.raises(tp.errors.ConfigError, match="learned"):
+        tp.TokenPruneCallback(learning()).attach(build("mpnet", HEAD))
