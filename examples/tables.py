@@ -56,6 +56,18 @@ def speed(report):
     return markdown(rows)
 
 
+def speed_gpu(report):
+    """What `examples/speed_gpu.py` measured."""
+    head = ["model, head, sites", "texts in a batch", "padded / real tokens", "packed against transformers"]
+    rows = [[*head, "MACs saved by dropping", "time saved by dropping"]]
+    for row in report["rows"]:
+        name = f"{row['shape']}, {row['head']} classification, {row['sites']}"
+        cells = [f"{row['padded_over_real']:.2f}", f"{row['packing_speedup']:.2f} x"]
+        saved = [f"{row['macs_saved_by_dropping']:.2f} x", f"{row['dropping_speedup']:.2f} x"]
+        rows.append([name, str(row["batch_size"]), *cells, *saved])
+    return markdown(rows)
+
+
 def cutting(report):
     """What `examples/speed.py --parts cutting` measured."""
     rows = [["model", "MACs saved by cutting", "batch 32, against packed dense", "batch 1, against transformers"]]
@@ -132,6 +144,7 @@ def read(name):
 TABLES = {
     "demo": lambda: demo(read("demo")),
     "speed": lambda: speed(read("speed")),
+    "speed-gpu": lambda: speed_gpu(read("speed-gpu")),
     "ddp": lambda: ddp(read("ddp")),
     "cutting": lambda: cutting(read("speed")),
     "benchmark": benchmark,

@@ -75,7 +75,8 @@ def main(arguments=None):
         except tp.errors.ConfigError as error:
             print(f"\n{path.stem} is left out: {error}", flush=True)
             continue
-        write_json(path, {**result, "command": command, "versions": versions(), "cpu": cpu_name()})
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        write_json(path, {**result, "command": command, "versions": versions(), "cpu": cpu_name(), "gpu": gpu})
         print(f"\n{path.stem}: {result['scores']}, {result['reduction']}", flush=True)
 
 
