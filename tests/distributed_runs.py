@@ -35,6 +35,7 @@ def both(**settings):
 RUNS = {
     "tokens": lambda: {"method": top(schedule=PLAN), "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 5},
     "tokens, one length": lambda: {"method": top(schedule=PLAN, **STRONG), "data": Texts(96, lengths=(17, 17)), **PLAIN},
+    "learned importance": lambda: {"method": top(schedule=PLAN, importance="learned", rank_weight=0.0)},
     "lagrangian": lambda: {"method": top(schedule=PLAN, constraint="lagrangian")},
     "weights and tokens": lambda: {"method": both(**STRONG), **PLAIN},
     "samplers": lambda: {"method": tp.InforCoef(static_macs=0.5, target_macs=0.3, schedule=STAGES, parts=NARROW, **STRONG), **PLAIN},

@@ -86,12 +86,12 @@ def test_both_processes_draw_the_same_gates(two):
     assert len({noise[0].item() for noise in first}) == 4
 
 
-@pytest.mark.parametrize("name", ["tokens", "lagrangian", "weights and tokens", "samplers"])
+@pytest.mark.parametrize("name", ["tokens", "learned importance", "lagrangian", "weights and tokens", "samplers"])
 def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch, two, name):
     """Ragged texts: each process sees other lengths, and everything measured on them is brought together."""
     found, expected = two(name)[0], one(tmp_path, name, monkeypatch, gradient_accumulation_steps=2)
     assert found["sizes"] == expected["sizes"]
-    assert (expected["sizes"] == DENSE_SIZES) == (name in ("tokens", "lagrangian"))
+    assert (expected["sizes"] == DENSE_SIZES) == (name in ("tokens", "learned importance", "lagrangian"))
     assert_same_gates(found, expected)
     close(found["state"], expected["state"])
 

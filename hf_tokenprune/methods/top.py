@@ -55,6 +55,9 @@ class ToP(GatedMethod):
         rank_weight: weight of the ranking loss at the start; it falls to 1 % of this over the annealing. 0 = none.
         importance: what tokens are ranked by: "attention", the attention they receive (the paper's), or "learned", see above.
         importance_weight: weight of the loss that teaches a learned importance.
+        site_gates: is there a gate per site that says whether it prunes at all (the paper's)? While it is half open, the model in
+            training keeps more tokens than the one it becomes. None = only where importance is the attention received, where it
+            makes no difference that we could measure.
         distill_weight: weight of the teacher's logits against the task's own loss of weight 1.
         layer_weight: weight of the teacher's hidden states, layer by layer, on the tokens that are left (the paper has none).
         constraint: "projected" or "lagrangian", see above.
@@ -78,6 +81,7 @@ class ToP(GatedMethod):
     rank_weight: float = 0.0
     importance: str = "attention"
     importance_weight: float = 1.0
+    site_gates: bool | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,6 +93,8 @@ class ToP(GatedMethod):
             if type(getattr(self, name)) is not int or not 2 <= getattr(self, name) <= 10_000:
                 self.refuse(name, "a whole number from 2 to 10000")
         self.check_weights("rank_weight", "importance_weight")
+        if self.site_gates not in (None, True, False):
+            self.refuse("site_gates", "True, False or None")
         if self.importance not in ("attention", "learned"):
             self.refuse("importance", '"attention" or "learned"')
         if self.importance == "learned" and self.teacher is None:
@@ -111,7 +117,8 @@ class ToP(GatedMethod):
         """
         self.need_target()
         sites = self.place(model, self.settings(), self.target_macs)
-        bins = TokenBins(model, sites, self.rank_bins, in_order=self.constraint == "projected")
+        site_gates = self.importance == "attention" if self.site_gates is None else self.site_gates
+        bins = TokenBins(model, sites, self.rank_bins, in_order=self.constraint == "projected", site_gates=site_gates)
         gates = BudgetedGates(
             model, [bins], Budget(model),
             target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=False,
@@ -171,42 +178,46 @@ def _take_over(old, selectors):
 
 
 class TokenBins(Part):
-    """Gates on bins of relative rank: per site, `bins` gates and one that says whether the site prunes at all.
+    """Gates on bins of relative rank: per site, `bins` gates, and perhaps one that says whether the site prunes at all.
 
     Args:
         model: the model, attached, with `RankBins` at the sites.
         sites: their layers.
         bins: bins per site.
         in_order: start in the order of rank, rather than all open and alike.
+        site_gates: is there a gate for the whole site?
     """
 
     OPEN = 0.97  # probability with which a gate starts open
     SLOPE = 8.0  # in order: log-odds of the bin of highest rank, and minus those of the lowest
 
-    def __init__(self, model, sites, bins, in_order):
+    def __init__(self, model, sites, bins, in_order, site_gates=True):
         self.pruner, self.sites, self.bins, self.in_order = model.token_pruner, sites, bins, in_order
-        self.size = len(sites) * (bins + 1)
+        self.gates = bins + site_gates
+        self.size = len(sites) * self.gates
 
     def start(self):
-        table = torch.full((len(self.sites), self.bins + 1), log_alpha_for(self.OPEN))
+        table = torch.full((len(self.sites), self.gates), log_alpha_for(self.OPEN))
         if self.in_order:
-            table[:, :-1] = self.SLOPE * torch.linspace(1, -1, self.bins)
+            table[:, : self.bins] = self.SLOPE * torch.linspace(1, -1, self.bins)
         return table.flatten()
 
     def shifted(self):
-        mask = torch.ones(len(self.sites), self.bins + 1, dtype=torch.bool)
-        mask[:, -1] = False
+        mask = torch.ones(len(self.sites), self.gates, dtype=torch.bool)
+        mask[:, self.bins :] = False
         return mask.flatten()
 
     def worth(self):
         """Information is measured while all tokens are there. When a bin's turn comes, those ranked below are gone and the softmax
         has given their share to the rest: with a part `m` left, a token's influence is `1 / m` times as large."""
-        table = torch.zeros(len(self.sites), self.bins + 1)
-        table[:, :-1] = -2 * ((torch.arange(self.bins) + 0.5) / self.bins).log()
+        table = torch.zeros(len(self.sites), self.gates)
+        table[:, : self.bins] = -2 * ((torch.arange(self.bins) + 0.5) / self.bins).log()
         return table.flatten()
 
     def scores(self, probability):
-        table = probability.unflatten(-1, (len(self.sites), self.bins + 1))
+        table = probability.unflatten(-1, (len(self.sites), self.gates))
+        if self.gates == self.bins:
+            return table.flatten(-2)
         return (1 - table[..., -1:] * (1 - table[..., :-1])).flatten(-2)
 
     def tie_break(self):

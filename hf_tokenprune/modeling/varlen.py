@@ -2,18 +2,13 @@
 
 This is the operator behind `torch.nn.attention.varlen`, which that module does not give in full: it has no dropout there.
 
-What the kernel was not made for it does with a few more dimensions per head, whose products are added to the scores: a soft gate
-that lets a key count `w` times adds `log w`. The attention that each token receives comes from the logs of the sums that the kernel
-leaves behind, see `received`: the matrices of attention are never there.
+Two things the kernel was not made for it does with a few more dimensions per head, whose products are added to the scores:
+
+* soft gates: a key that counts `w` times has `log w` added to its scores;
+* the attention that each token receives, without the matrices of attention ever being there, see `received`.
 """
 
 import torch
-from transformers.utils import logging
-
-from .received import sums_over_queries, triton
-
-logger = logging.get_logger(__name__)
-can_compile = triton is not None
 
 HALF = (torch.float16, torch.bfloat16)
 DEVICE = "cuda"
@@ -83,8 +78,10 @@ def varlen(
 def received(queries, keys, sums, batch, scaling, say=None):
     """The attention that each token receives, mean over heads and queries.
 
-    Query `q` gives key `k` the share `exp(s(q, k) - l(q))`, where `l` is the log of the sum over keys, which the kernel gives. No
-    share is above 1, so nothing overflows, however sharp attention is. Soft gates count each query as often as it counts as a key.
+    Query `q` gives key `k` the share `exp(s(q, k) - l(q))`, where `l` is the log of the sum over keys, which the kernel gives. With
+    queries and keys in each other's place, and `l` taken from the scores by a few more dimensions, the log of the sum over queries
+    is the log of what a key receives. No term is above 1, so nothing overflows, however sharp attention is. Soft gates count
+    each query as often as it counts as a key.
 
     Args:
         queries, keys: `(T, heads, head_dim)`.
@@ -96,9 +93,12 @@ def received(queries, keys, sums, batch, scaling, say=None):
     logs, longest = sums, max(batch.lengths)
     if batch.weights is not None:
         logs = logs - batch.weights.float().log()
-    shares = _fused(queries, keys, logs, batch.ends, longest, scaling)
-    if shares is None:
-        shares = by_flash(queries, keys, logs, batch.ends, longest, scaling)
+    givers, takers = _join(queries, logs.transpose(0, 1) / scaling), _join(keys, -1.0)
+    _, sums = flash(
+        takers, givers, givers, batch.ends, batch.ends, longest, longest, 0.0, False, False,
+        scale=scaling, window_size_left=-1, window_size_right=-1,
+    )  # fmt: skip
+    shares = sums.exp()
     if say is None:
         mean = shares.mean(0)
     else:
@@ -106,30 +106,6 @@ def received(queries, keys, sums, batch, scaling, say=None):
         mean = (say / say.sum()) @ shares
     mean = mean if batch.weights is None else mean * batch.weights
     return mean / batch.lengths_by_token
-
-
-def by_flash(queries, keys, logs, ends, longest, scaling):
-    """As `received.sums_over_queries`, by the kernel of attention: with queries and keys in each other's place, and `logs` taken from
-    the scores by a few more dimensions, the log of the sum that it gives is that of what a key receives."""
-    givers, takers = _join(queries, logs.transpose(0, 1) / scaling), _join(keys, -1.0)
-    _, sums = flash(
-        takers, givers, givers, ends, ends, longest, longest, 0.0, False, False,
-        scale=scaling, window_size_left=-1, window_size_right=-1,
-    )  # fmt: skip
-    return sums.exp()
-
-
-def _fused(queries, keys, logs, ends, longest, scaling):
-    """`received.sums_over_queries`, or None where it cannot be compiled."""
-    global can_compile
-    if not can_compile or queries.device.type != "cuda":
-        return None
-    try:
-        return sums_over_queries(queries.contiguous(), keys.contiguous(), logs.contiguous(), ends, longest, scaling)
-    except Exception as error:  # whatever Triton, its compiler or the C compiler that it looks for raise
-        can_compile = False
-        logger.warning_once(f"Importance takes a little longer here, for Triton cannot compile its kernel: {error}")
-        return None
 
 
 def _join(rows, numbers):
