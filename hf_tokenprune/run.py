@@ -29,7 +29,10 @@ logger = logging.get_logger(__name__)
 
 METHODS = {"top": ToP, "structured": StructuredPruning, "infor-coef": InforCoef, "structured+top": Compose}
 # What the two methods inside of a Compose may be told; all else is told to the Compose.
-COMPOSED = {"weights": (StructuredPruning, ("parts",)), "tokens": (ToP, ("sites", "rank_bins", "rank_topk", "rank_weight"))}
+COMPOSED = {
+    "weights": (StructuredPruning, ("parts",)),
+    "tokens": (ToP, ("sites", "rank_bins", "rank_topk", "rank_weight", "site_gates")),
+}
 WITHOUT_BUDGET = {"infor-coef"}
 
 
@@ -117,6 +120,12 @@ def _teacher(text):
     return None if text.lower() == "none" else text
 
 
+def _truth(text):
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
 def _schedule(text):
     shares = {}
     for item in text.split(","):
@@ -130,6 +139,7 @@ def _schedule(text):
 READERS = {
     float: (float, "a number"),
     int: (int, "whole numbers"),
+    bool: (_truth, "true or false"),
     str: (str, "words"),
     object: (_teacher, "a folder, a Hub id, self or none"),
     Schedule: (_schedule, f"shares of phases ({', '.join(PHASES)}) as in dense=1,anneal=1,settle=1"),

@@ -5,8 +5,11 @@ import math
 
 import pytest
 import torch
+from families import build
 
+import hf_tokenprune as tp
 from hf_tokenprune import errors, gates
+from hf_tokenprune.methods.top import TokenBins
 
 ENDS = torch.tensor([-4.0, -1.0, 0.0, 1.5, 4.0])
 
@@ -100,3 +103,18 @@ def test_scale_rate_is_a_learning_rate(optimizer):
             step.step()
     assert plain.item() < 1.9
     assert (2.0 + 100.0 * stored).item() == pytest.approx(plain.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("site_gates", [True, False])
+def test_a_site_may_have_a_gate_of_its_own(site_gates):
+    """Without one, as many tokens pass in training as are expected to; half open, it lets the others through as well."""
+    model = tp.attach(build("bert", "ForSequenceClassification"), {1: tp.RankBins(8), 2: tp.RankBins(8)})
+    bins = TokenBins(model, [1, 2], 8, in_order=False, site_gates=site_gates)
+    assert (bins.size, bins.start().shape, int(bins.shifted().sum())) == (16 + 2 * site_gates, (bins.size,), 16)
+    log_odds = torch.zeros(2, bins.gates)
+    kept = gates.keep_probability(torch.tensor(0.0)).item()
+    scores = bins.scores(gates.keep_probability(log_odds).flatten())
+    torch.testing.assert_close(scores, torch.full((16,), 1 - kept * (1 - kept) if site_gates else kept))
+    weights = torch.stack([bins.scores(gates.sample_hard_concrete(log_odds.flatten())) for _ in range(4000)])
+    more = (weights > 0).double().mean() - scores.mean()
+    assert 0.05 < more if site_gates else more.abs() < 0.02

@@ -214,6 +214,7 @@ def test_every_default_can_be_given_as_text(name):
         (["--method", "bottom"], "--method must be one of top, structured, infor-coef, structured+top, not 'bottom'."),
         (["--target-macs", "half"], "--target-macs takes a number, not 'half'."),
         (["--target-macs", "1.5"], "ToP(target_macs=1.5): a share of the dense model's MACs, above 0 and below 1."),
+        (["--site-gates", "maybe"], "--site-gates takes true or false, not 'maybe'."),
         (["--sites", "1,x"], "--sites takes whole numbers, not 'x'."),
         (["--target-macs", "0.4", "--rank-bins", "1"], "ToP(rank_bins=1): a whole number from 2 to 10000."),
         (["--schedule", "dense=1,warm=2"], "--schedule takes shares of phases (dense, static, anneal, settle) as in "),

@@ -50,7 +50,7 @@ def test_all_parameters_are_sharded_and_both_processes_end_with_the_same_model(t
     close(second["state"], first["state"], atol=0)
 
 
-@pytest.mark.parametrize("name", ["tokens", "strong", "lagrangian", "samplers"])
+@pytest.mark.parametrize("name", ["tokens", "strong", "lagrangian", "learned", "samplers"])
 def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch, two, name):
     """Ragged texts: each process sees other lengths, and everything measured on them is brought together."""
     found, expected = two(name)[0], one(tmp_path, name, monkeypatch)

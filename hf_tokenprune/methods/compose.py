@@ -7,7 +7,7 @@ from ..errors import ConfigError
 from .budgeted import BudgetedGates
 from .gated import GatedMethod, plain_settings
 from .structured import StructuredObjective, StructuredPruning, WeightGates
-from .top import TokenBins, ToP
+from .top import ToP
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Compose(GatedMethod):
         sites = self.tokens.place(model, self.settings(), None)
         projected = self.constraint == "projected"
         weights = WeightGates(model, self.weights.layout(model))
-        bins = TokenBins(model, sites, self.tokens.rank_bins, in_order=projected)
+        bins = self.tokens.bins(model, sites, in_order=projected)
         gates = BudgetedGates(
             model, [weights, bins], Budget(model),
             target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=True,

@@ -117,8 +117,7 @@ class ToP(GatedMethod):
         """
         self.need_target()
         sites = self.place(model, self.settings(), self.target_macs)
-        site_gates = self.importance == "attention" if self.site_gates is None else self.site_gates
-        bins = TokenBins(model, sites, self.rank_bins, in_order=self.constraint == "projected", site_gates=site_gates)
+        bins = self.bins(model, sites, in_order=self.constraint == "projected")
         gates = BudgetedGates(
             model, [bins], Budget(model),
             target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=False,
@@ -127,6 +126,11 @@ class ToP(GatedMethod):
         if self.importance == "learned":
             helpers.append(SaliencyLoss(sites, self.importance_weight))
         return ToPObjective(model, self, gates, helpers=helpers)
+
+    def bins(self, model, sites, in_order):
+        """The gates at the sites."""
+        site_gates = self.importance == "attention" if self.site_gates is None else self.site_gates
+        return TokenBins(model, sites, self.rank_bins, in_order, site_gates)
 
     def place(self, model, settings, target):
         """Attach selectors to the model. Returns the sites, in order of layers."""
