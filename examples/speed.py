@@ -122,7 +122,7 @@ def training_step(shape, tokenizer, texts, args):
     steps = {}
     for name in ("dense", "anneal", "anneal, teacher"):
         model = BertForSequenceClassification(dense.config)
-        objective = tp.ToP(target_macs=0.4).attach(model)
+        objective = tp.ToP(target_macs=0.4, importance="attention").attach(model)
         objective.start_run(1e-4, {"anneal": 100})
         objective.teacher = dense_copy(dense) if "teacher" in name else None
         steps[name] = (model.train(), objective, torch.optim.AdamW(model.parameters(), lr=1e-4))

@@ -5,7 +5,7 @@ its droppable ones. A layer's MACs are linear in `n` (the Linears) and quadratic
 say everything about it: how many samples, the sum of `m` and the sum of `m^2`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .cost import dense_layer_shapes, layer_shapes
 
@@ -38,6 +38,10 @@ class Budget:
         pruner = model.token_pruner if pruner is None else pruner
         self.shapes, self.dense_shapes = layer_shapes(model), dense_layer_shapes(model)
         self.sites = sorted(map(int, pruner.sites if sites is None else sites))
+        for layer in self.sites:
+            if getattr(pruner.site(layer), "scorer", None) is not None:  # it reads every token that enters
+                shape, site = self.shapes[layer], pruner.site(layer)
+                self.shapes[layer] = replace(shape, before=shape.before + site.hidden + site.width)
         self.protected = pruner.family.summary_tokens
         self.pooled_head = pruner.pooled_head
         self.all_ask = bool(pruner.family.probabilities)

@@ -120,7 +120,8 @@ class TokenPruneCallback(TrainerCallback):
             self.watch.remove()
         _check_checkpointing(model)
         reshard(model)
-        group = _group_of(optimizer, self.objective.parameters())
+        gates = list(self.inner.token_pruner.training_state.parameters())
+        group = _group_of(optimizer, gates, list(self.objective.parameters()))
         self.objective.sharded = has_engine(optimizer) or is_sharded(model)
         self.total = state.max_steps
         steps = self.method.schedule.steps(self.total)
@@ -325,16 +326,16 @@ def _check_checkpointing(model):
             )
 
 
-def _group_of(optimizer, parameters):
-    """The optimizer's group that holds the gates.
+def _group_of(optimizer, *parameters):
+    """The optimizer's group that holds the gates, or if it holds none of them, the next of these lists of parameters.
 
     Raises:
         TrainingError: it holds none of them.
     """
     if has_engine(optimizer):  # it has copied them
         return optimizer.param_groups[0]
-    wanted = {id(parameter) for parameter in parameters}
-    held = [group for group in optimizer.param_groups if wanted & {id(p) for p in group["params"]}]
+    wanted = [{id(parameter) for parameter in some} for some in parameters]
+    held = [group for some in wanted for group in optimizer.param_groups if some & {id(p) for p in group["params"]}]
     if not held:
         raise TrainingError(
             "The optimizer was made before the gates existed, so it would never train them. Pass the callback as "

@@ -1,19 +1,22 @@
 """Importance that is learned: scorers at the sites of ToP foresee what the teacher's judgement hangs on."""
 
 import copy
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
 from families import build, make_inputs, outputs_of
 from reference import DEPTH, Reference, Rule, bins
 from test_pruning import LENGTHS, PATTERN, SUMMARY, assert_same_samples
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, normalize
 from training_helpers import Rows, Texts, no_dropout, spent_share, stack, top, trainer_for
 from transformers import TrainerCallback
 
 import hf_tokenprune as tp
-from hf_tokenprune.methods.saliency import SaliencyLoss
+from hf_tokenprune.methods.saliency import SaliencyLoss, _said
+from hf_tokenprune.training import _group_of
 
 HEAD = "ForSequenceClassification"
 # Where the context of all heads is read.
@@ -171,7 +174,8 @@ def test_saliency_is_the_gradient_of_what_the_dense_model_says(tmp_path, head):
     for name in [name for name in output if name.endswith("logits")]:
         for row, text in zip(output[name], ids, strict=True):
             row = row if head == HEAD else row[: int((text != 0).sum())]
-            said = said + (row.softmax(0).detach() * row).sum() - row.mean()
+            above = row.softmax(0).detach() - 1 / len(row)
+            said = said + (above / above.norm() * row).sum()
     expected = torch.autograd.grad(said, states)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine[ids != 0], theirs[ids != 0], atol=1e-5, rtol=0)
@@ -262,10 +266,11 @@ def test_a_model_that_has_it_can_be_trained_on_and_opened_for_evaluation(tmp_pat
     ("settings", "why"),
     [
         ({"importance": "hidden"}, "importance"),
-        ({"importance": None}, "importance"),
         ({"importance": "learned", "teacher": None}, "teacher"),
         ({"importance": "learned", "rank_weight": 0.1}, "rank_weight"),
         ({"importance_weight": -1}, "importance_weight"),
+        ({"importance": "attention", "importance_weight": 2.0}, "importance_weight"),
+        ({"site_gates": 0.0}, "site_gates"),
     ],
 )
 def test_wrong_settings_are_refused(settings, why):
@@ -273,8 +278,66 @@ def test_wrong_settings_are_refused(settings, why):
         tp.ToP(target_macs=0.4, **settings)
 
 
+def test_by_default_it_is_learned_where_it_can_be():
+    sites = {}
+    for name, settings in (("bert", {}), ("bert", {"teacher": None}), ("bert", {"rank_weight": 0.1}), ("mpnet", {})):
+        model = build(name, HEAD)
+        tp.ToP(target_macs=0.4, **settings).attach(model)
+        sites[name, *settings] = {int(layer): site.scorer is not None for layer, site in model.token_pruner.sites.items()}
+    learned, others = sites.pop(("bert",)), list(sites.values())
+    assert learned == dict.fromkeys(range(DEPTH - 1), True)
+    assert others == [dict.fromkeys(range(1, DEPTH - 1), False)] * 3
+
+
 def test_where_it_is_not_there_it_is_refused():
     with pytest.raises(tp.errors.ConfigError, match="learned"):
         tp.Compose(tp.StructuredPruning(), tp.ToP(importance="learned"), target_macs=0.4)
     with pytest.raises(tp.errors.ConfigError, match="learned"):
         tp.TokenPruneCallback(learning()).attach(build("mpnet", HEAD))
+
+
+@pytest.mark.parametrize(
+    ("say", "separate"),
+    [
+        (lambda x: (normalize(x), None), False),  # an embedding of constant length
+        (lambda x: (layer_norm(x, x.shape[-1:]), None), False),
+        (lambda x: (5 + 0.01 * x, torch.ones_like(x, dtype=torch.bool)), True),  # sure of every label
+        (lambda x: (x[:, :1], torch.ones_like(x[:, :1], dtype=torch.bool)), True),
+    ],
+)
+def test_whatever_is_said_has_a_gradient(say, separate):
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(_said(*say(x), separate), x)
+    assert (gradient.norm(dim=-1) > 1e-3).all()
+
+
+def test_scorers_want_gradients_only_where_they_are_taught():
+    model = pruned("bert", HEAD)
+    assert not any(p.requires_grad for p in model.token_pruner.sites.parameters())
+    tp.TokenPruneCallback(learning()).attach(model)
+    assert all(p.requires_grad for p in model.token_pruner.sites.parameters())
+
+
+def test_the_teacher_goes_when_the_run_is_over(tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_, model=None, **__):
+            teacher = model.token_pruner.objective.teacher
+            if teacher is not None and not seen:
+                seen.append(weakref.ref(teacher))
+
+    trainer = trainer_for(tmp_path, learning(), callbacks=[Watch()])
+    trainer.train()
+    gc.collect()
+    assert [reference() for reference in seen] == [None]
+
+
+def test_the_rate_is_that_of_the_group_with_the_gates():
+    model = build("bert", HEAD)
+    tp.TokenPruneCallback(learning()).attach(model)
+    pruner = model.token_pruner
+    gates, scorers = list(pruner.training_state.parameters()), list(pruner.sites.parameters())
+    optimizer = torch.optim.AdamW([{"params": scorers, "lr": 1e-2}, {"params": gates, "lr": 1e-4}])
+    assert _group_of(optimizer, gates, [*gates, *scorers])["lr"] == 1e-4

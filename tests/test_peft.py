@@ -365,7 +365,7 @@ def test_importing_hf_tokenprune_is_enough(alone, base_folder):
         "print(model.peft_config['default'].peft_type, len(model.get_base_model().token_pruner.sites))"
     )
     run = subprocess.run([sys.executable, "-c", code, base_folder, str(alone[1])], capture_output=True, text=True, check=False)
-    assert run.stdout.strip() == "TOKEN_PRUNE 2", run.stderr
+    assert run.stdout.strip() == "TOKEN_PRUNE 3", run.stderr
 
 
 def test_without_peft_everything_else_is_there():

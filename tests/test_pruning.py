@@ -7,6 +7,7 @@ from families import token_head as one_head
 from reference import DEPTH, Reference, Rule, bins, number, samples_of, share
 
 import hf_tokenprune as tp
+from hf_tokenprune.modeling import calls, packing, pruner
 from hf_tokenprune.modeling.packing import PackedBatch
 from hf_tokenprune.modeling.selection import relative_rank
 
@@ -185,9 +186,37 @@ def test_the_host_knows_how_many_stay():
             batch = PackedBatch.from_mask(None, batch_size=1, seq_len=n, device="cpu")
             protected = torch.arange(n) < n % 3
             stay = selector.keep(torch.rand(n).round(decimals=1), batch, protected)
-            assert stay.sum() == protected.sum() + selector.count(n - int(protected.sum())), (selector, n)
+            assert stay.sum() - protected.sum() == selector.counts([n - int(protected.sum())])[0], (selector, n)
     bins[0].set_kept([True] * 7)
-    assert bins[0].count(30) == 30
+    assert bins[0].counts([30, 5]) == [30, 5]
+
+
+def test_a_selector_that_keeps_otherwise_does_not_count_alike():
+    class Generous(tp.TopK):
+        def keep(self, importance, batch, protected):
+            return super().keep(importance, batch, protected) | (batch.places == 1)
+
+    class Frank(Generous):
+        def counts(self, droppable):
+            return [n // 2 for n in droppable]
+
+    inputs = make_inputs("bert", "ForSequenceClassification", LENGTHS)
+    outputs_of(tp.attach(build("bert", "ForSequenceClassification"), {1: Generous(0.3)}), inputs)
+    with pytest.raises(RuntimeError, match="what a selector keeps is not what it counts"):
+        outputs_of(tp.attach(build("bert", "ForSequenceClassification"), {1: Frank(0.3)}), inputs)
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3", "modernbert"])
+def test_rows_that_nobody_counted_are_those(monkeypatch, name):
+    """As on a GPU."""
+    head = "ForTokenClassification"
+    inputs = make_inputs(name, head, LENGTHS)
+    model = attach(build(name, head), sites_of(name, head, (0, 2)), protected_token_ids=[int(inputs["input_ids"][0, 1])])
+    expected = outputs_of(model, inputs)
+    for module in (packing, calls, pruner):
+        monkeypatch.setattr(module, "rows_of", packing.scattered_rows)
+    found = outputs_of(model, inputs)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 # Who is never dropped

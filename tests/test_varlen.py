@@ -308,7 +308,7 @@ def test_the_host_does_not_wait_at_sites_that_rank(head):
 class Unforeseen(tp.TopK):
     """One whose host has to ask."""
 
-    count = tp.Skim.count
+    counts = tp.Skim.counts
 
 
 @needs_gpu
@@ -319,4 +319,5 @@ def test_training_on_a_gpu(tmp_path, importance):
     trainer = trainer_for(tmp_path, top(importance=importance, rank_weight=0.0), use_cpu=False, bf16=True)
     trainer.train()
     assert trainer.model.device.type == "cuda"
-    assert sum(int(site.kept.sum()) for site in trainer.model.token_pruner.sites.values()) < 3 * 8
+    sites = trainer.model.token_pruner.sites.values()
+    assert sum(int(site.kept.sum()) for site in sites) < 8 * len(sites)

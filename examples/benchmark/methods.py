@@ -25,7 +25,8 @@ def structured(budget, teacher):
 
 
 def top(budget, teacher):
-    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES)
+    """The paper's importance, attention received."""
+    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="attention")
 
 
 def top_learned(budget, teacher):

@@ -271,7 +271,7 @@ class Objective:
                 student, target = (functional.cosine_similarity(x[:, None], x[None], dim=-1) for x in (student, target))
             return {"distillation": self.distill_weight * _apart(student, target)}
         names = [name for name in taught if name.endswith("logits")]
-        loss = regression_distillation if _is_separate(model) else logit_distillation
+        loss = regression_distillation if is_separate(model) else logit_distillation
         if not names:  # a base model: nobody knows yet what its hidden states are for
             names, loss = ["last_hidden_state"], _apart
             if outputs.last_hidden_state.shape != taught.last_hidden_state.shape:  # hidden units were cut
@@ -310,7 +310,7 @@ class Objective:
                 module.training = mode
         if self.readout is not None or name is None:
             return _apart(*found).item()
-        if _is_separate(model):
+        if is_separate(model):
             return (found[0] - found[1]).abs().mean().item()
         return (found[0].softmax(-1) - found[1].softmax(-1)).abs().sum(-1).mean().item() / 2
 
@@ -340,7 +340,7 @@ def _without_labels(kwargs):
     return {name: value for name, value in kwargs.items() if name not in (*LABELS, "return_loss")}
 
 
-def _is_separate(model):
+def is_separate(model):
     """Is each logit a judgement of its own (regression, several labels) rather than one class of many? `problem_type` says so, but
     transformers sets it only once it has computed a loss."""
     kind = model.config.problem_type

@@ -1,6 +1,6 @@
 """Two methods in one run under one budget, which shares itself out between tokens and weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..budget import Budget
 from ..errors import ConfigError
@@ -18,7 +18,8 @@ class Compose(GatedMethod):
 
     Args:
         weights: a `StructuredPruning`; only its `parts` count.
-        tokens: a `ToP`; only its `sites`, `rank_bins`, `rank_topk` and `rank_weight` count.
+        tokens: a `ToP`; only its `sites`, `rank_bins`, `rank_topk`, `rank_weight` and `site_gates` count. Its importance is the
+            attention received: a learned one reads weights that would be cut.
         target_macs, teacher, distill_weight, layer_weight, constraint, gate_lr, schedule: of the run, as for `ToP`.
 
     Raises:
@@ -46,12 +47,15 @@ class Compose(GatedMethod):
             given = [field for field in shared if getattr(method, field) != getattr(plain, field)]
             if given:
                 raise ConfigError(f"{kind.__name__}({given[0]}=...) inside of Compose has no effect: give it to Compose.")
-
-        if self.tokens.importance != "attention":
+        if self.tokens.importance == "learned":
             raise ConfigError(
-                f"Compose(tokens=ToP(importance={self.tokens.importance!r})): a learned importance reads weights that would be cut. "
-                "Leave it out."
+                'Compose(tokens=ToP(importance="learned")): a learned importance reads weights that would be cut. Leave it out.'
             )
+        if self.tokens.importance_weight != ToP.importance_weight:
+            raise ConfigError(
+                "ToP(importance_weight=...) inside of Compose has no effect: importance is attention received there."
+            )
+        object.__setattr__(self, "tokens", replace(self.tokens, importance="attention"))
 
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""

@@ -16,9 +16,9 @@ class SaliencyLoss(Helper):
     encoder, whose early layers learn to find these tokens.
     """
 
-    def __init__(self, sites, weight):
-        self.sites, self.weight = sites, weight
-        self.hooked = self.gradients = None
+    def __init__(self, sites, weight, separate):
+        self.sites, self.weight, self.separate = sites, weight, separate
+        self.gradients = None
 
     def prepare(self, objective):
         teacher = objective.teacher
@@ -26,15 +26,16 @@ class SaliencyLoss(Helper):
             return
         objective.traced = self.trace
         objective.pruner.remembers = teacher.token_pruner.remembers = True
-        if self.hooked is not teacher:
-            self.hooked = teacher
+        if not hasattr(teacher, "has_gradients"):
+            teacher.has_gradients = True
             get_layers(*find_encoder(teacher))[0].register_forward_pre_hook(_let_it_have_a_gradient)
 
     def trace(self, objective, taught):
         """Find the gradients of what the teacher has said, a model output made with gradients; then take these from it."""
         calls = objective.teacher.token_pruner.last_forward.calls
-        said = sum(_said(*reading) for reading in _readings(objective, taught, calls[0].batch))
-        self.gradients = torch.autograd.grad(said, [call.entered for call in calls])
+        said = sum(_said(*reading, self.separate) for reading in _readings(objective, taught, calls[0].batch))
+        # Scaled as the loss is: in half precision the gradients of a text that nothing hangs on would be lost.
+        self.gradients = torch.autograd.grad(said * objective.loss_scale(), [call.entered for call in calls])
         for call in calls:
             call.entered, call.left = call.entered.detach(), call.left.detach()
         for name, value in taught.items():
@@ -65,7 +66,8 @@ def _let_it_have_a_gradient(layer, args):
 
 
 def _readings(objective, taught, batch):
-    """What is read of a model output: pairs of a tensor and, if it holds logits, which of them count."""
+    """What is read of a model output: pairs of a tensor with a row per text (or per token), and, if it holds logits, which of them
+    count."""
     if objective.readout is not None:
         return [(objective.readout(taught).float(), None)]
     readings = []
@@ -75,21 +77,21 @@ def _readings(objective, taught, batch):
             if name in ("start_logits", "end_logits"):  # a span does not begin in padding
                 real = torch.zeros_like(real).flatten().index_fill(0, batch.index, True).view_as(real)
             readings.append((logits.float(), real))
-    return readings or [(taught["last_hidden_state"].float(), None)]
+    return readings or [(taught["last_hidden_state"].float().flatten(0, 1)[batch.index], None)]
 
 
-def _said(tensor, real):
-    """A scalar whose gradient is that of what is said: of how far the probable logits are above the mean, or of the only one; of an
-    embedding's length."""
+def _said(tensor, real, separate):
+    """A scalar whose gradient is that of what is said, each row of it to the same length: of how far the probable logits are above
+    the mean; of how far each logit is from 0, if it is a judgement of its own; of how far embeddings are from their mean (their
+    own length may be one and the same)."""
     if real is None:
-        weight = normalize(tensor, dim=-1)
-    elif tensor.shape[-1] == 1:
-        weight = torch.ones_like(tensor)
+        weight = tensor - tensor.mean(0)
+    elif separate:
+        weight = tensor.sign()
     else:
-        weight = tensor.masked_fill(~real, torch.finfo(tensor.dtype).min).softmax(-1) - real / real.sum(-1, keepdim=True).clamp(
-            min=1
-        )
-    return (weight.detach() * tensor).sum()
+        mean = real / real.sum(-1, keepdim=True).clamp(min=1)
+        weight = tensor.masked_fill(~real, torch.finfo(tensor.dtype).min).softmax(-1) - mean
+    return (normalize(weight.detach(), dim=-1) * tensor).sum()
 
 
 def _scores(call):

@@ -11,11 +11,12 @@ from ..cost import layer_shapes
 from ..errors import ConfigError
 from ..gates import log_alpha_for
 from ..losses import ranking_distillation
+from ..modeling.architectures import find_encoder
 from ..modeling.modeling_token_pruned import attach, is_token_pruned, make_config
 from ..modeling.pruner import TokenPruner
 from ..modeling.selection import RankBins, relative_rank
 from ..schedule import ramp
-from .base import Helper
+from .base import Helper, is_separate
 from .budgeted import BudgetedGates, Part
 from .gated import GatedMethod, GatedObjective, plain_settings
 from .saliency import SaliencyLoss
@@ -33,7 +34,7 @@ class ToP(GatedMethod):
     The teacher's logits are distilled, and its last layer's ranking of the tokens, with LambdaARP2, into the early layers
     (section 4.1).
 
-    Attention received does not tell which tokens an answer is made of. `importance="learned"` (not in the paper) adds to its
+    Attention received does not tell which tokens an answer is made of. Learned importance (not in the paper) adds to its
     logarithm, at each site, what a linear map reads from a token's hidden state and from what attention has just brought to it.
     From the start of the annealing to the end of the run these maps are taught to foresee the teacher's saliency: the norm of the
     gradient of what it says with respect to each token's hidden state. That takes a backward pass through the teacher in each step.
@@ -53,7 +54,9 @@ class ToP(GatedMethod):
         rank_bins: gates per site. More are finer and slower to learn.
         rank_topk: how many of the teacher's most important tokens the ranking loss looks at.
         rank_weight: weight of the ranking loss at the start; it falls to 1 % of this over the annealing. 0 = none.
-        importance: what tokens are ranked by: "attention", the attention they receive (the paper's), or "learned", see above.
+        importance: what tokens are ranked by: "attention", the attention they receive (the paper's), or "learned", see above. None =
+            learned, where there is a teacher to learn it from, no `rank_weight`, and the family's attention is not its own affair; or
+            what it is already in a model that ToP has pruned before.
         importance_weight: weight of the loss that teaches a learned importance.
         site_gates: is there a gate per site that says whether it prunes at all (the paper's)? While it is half open, the model in
             training keeps more tokens than the one it becomes. None = only where importance is the attention received, where it
@@ -79,7 +82,7 @@ class ToP(GatedMethod):
     rank_bins: int = 50
     rank_topk: int = 20
     rank_weight: float = 0.0
-    importance: str = "attention"
+    importance: str | None = None
     importance_weight: float = 1.0
     site_gates: bool | None = None
 
@@ -93,10 +96,12 @@ class ToP(GatedMethod):
             if type(getattr(self, name)) is not int or not 2 <= getattr(self, name) <= 10_000:
                 self.refuse(name, "a whole number from 2 to 10000")
         self.check_weights("rank_weight", "importance_weight")
-        if self.site_gates not in (None, True, False):
+        if self.site_gates is not None and type(self.site_gates) is not bool:
             self.refuse("site_gates", "True, False or None")
-        if self.importance not in ("attention", "learned"):
-            self.refuse("importance", '"attention" or "learned"')
+        if self.importance not in ("attention", "learned", None):
+            self.refuse("importance", '"attention", "learned" or None')
+        if self.importance == "attention" and self.importance_weight != type(self).importance_weight:
+            self.refuse("importance_weight", "left out where importance is attention received")
         if self.importance == "learned" and self.teacher is None:
             self.refuse("importance", "it is learned from a teacher, and there is none")
         if self.importance == "learned" and self.rank_weight:
@@ -123,20 +128,32 @@ class ToP(GatedMethod):
             target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=False,
         )  # fmt: skip
         helpers = [*self.layer_distillation(model, gates.state, matched=False), *self.ranking(model, sites)]
-        if self.importance == "learned":
-            helpers.append(SaliencyLoss(sites, self.importance_weight))
+        if self.learns(model):
+            model.token_pruner.sites.requires_grad_(True)
+            if self.importance_weight > 0:
+                helpers.append(SaliencyLoss(sites, self.importance_weight, is_separate(model)))
         return ToPObjective(model, self, gates, helpers=helpers)
+
+    def learns(self, model):
+        """Is importance learned, in this model?"""
+        if self.importance is not None:
+            return self.importance == "learned"
+        if is_token_pruned(model):
+            for site in model.token_pruner.sites.values():
+                if isinstance(site, RankBins):  # it goes on as it was pruned
+                    return site.scorer is not None
+        return self.teacher is not None and not self.rank_weight and not find_encoder(model)[0].probabilities
 
     def bins(self, model, sites, in_order):
         """The gates at the sites."""
-        site_gates = self.importance == "attention" if self.site_gates is None else self.site_gates
+        site_gates = not self.learns(model) if self.site_gates is None else self.site_gates
         return TokenBins(model, sites, self.rank_bins, in_order, site_gates)
 
     def place(self, model, settings, target):
         """Attach selectors to the model. Returns the sites, in order of layers."""
         probe = TokenPruner(model, make_config())
         possible = probe.possible_sites()
-        learned = self.importance == "learned"  # it ranks well in the first layer, too, where attention does not yet
+        learned = self.learns(model)  # then tokens rank well in the first layer, too, where attention does not tell yet
         usual = [site for site in possible if site or learned]
         if self.sites is None and not usual:
             raise ConfigError(
@@ -161,7 +178,7 @@ class ToP(GatedMethod):
 
     def _reads(self, model, probe, site):
         """The sizes of what the scorer at a site reads, if importance is learned."""
-        if self.importance == "attention":
+        if not self.learns(model):
             return {}
         if probe.family.probabilities:
             raise ConfigError(f'ToP(importance="learned") is not there for {type(model).__name__}: use "attention".')

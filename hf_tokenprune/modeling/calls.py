@@ -163,9 +163,10 @@ class LayerCall:
 
     def _known_lengths(self):
         """How many tokens of each sequence stay, where that depends on their number alone: nobody has to wait for the device."""
-        if self.spared is None or self.site.count(0) is None:
+        if self.spared is None:
             return None
-        return [spared + self.site.count(n - spared) for n, spared in zip(self.batch.lengths, self.spared, strict=True)]
+        counts = self.site.counts([n - spared for n, spared in zip(self.batch.lengths, self.spared, strict=True)])
+        return counts and [sum(pair) for pair in zip(counts, self.spared, strict=True)]
 
     def stay(self, tensor):
         """The survivors' part of `(1, T, *rest)`."""

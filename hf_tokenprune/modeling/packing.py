@@ -259,12 +259,17 @@ def rows_of(mask, count):
         tensor([1, 2])
     """
     if mask.device.type == "cpu":
-        return mask.nonzero().squeeze(1)
+        rows = mask.nonzero().squeeze(1)
+        if len(rows) != count:
+            raise RuntimeError(
+                f"{len(rows)} tokens stay, not {count}: what a selector keeps is not what it counts, or has changed."
+            )
+        return rows
     return scattered_rows(mask, count)
 
 
 def scattered_rows(mask, count):
     """As `rows_of`, without looking at how many there are."""
     everyone = torch.arange(len(mask), device=mask.device)
-    target = torch.where(mask, mask.cumsum(0) - 1, count)
-    return everyone.new_empty(count + 1).scatter_(0, target, everyone)[:count]
+    target = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
+    return everyone.new_zeros(count + 1).scatter_(0, target, everyone)[:count]

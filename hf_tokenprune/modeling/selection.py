@@ -90,8 +90,14 @@ class Selector(nn.Module):
         """`(T,)` bool: which tokens stay. `importance` `(T,)` is None if `needs_importance` is False."""
         raise NotImplementedError
 
-    def count(self, droppable):
-        """How many of so many droppable tokens of a sequence stay, if that is all it depends on; else None."""
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "keep" in vars(cls) and "counts" not in vars(cls):
+            cls.counts = Selector.counts
+
+    def counts(self, droppable):
+        """How many tokens `keep` lets stay in sequences of so many droppable ones (a list), if it depends on that alone; else None.
+        The host need not wait for the device then."""
         return None
 
     def settings(self):
@@ -170,9 +176,9 @@ class RankBins(Selector):
                     f"RankBins({name}={value!r}): {name} is a whole number from 1 to a million, or both are None."
                 )
         self.bins, self.hidden, self.width = bins, hidden, width
-        self.scorer = None if hidden is None else Scorer(hidden, width)
+        self.scorer = None if hidden is None else Scorer(hidden, width).requires_grad_(False)  # until somebody teaches it
         self.register_buffer("kept", torch.ones(bins, dtype=torch.int8))
-        self.on_host, self.counts = OnHost(), (None, {})
+        self.on_host, self.known = OnHost(), (None, {})
 
     def set_kept(self, kept):
         """Say which bins are kept: `bins` booleans, bin 0 (most important) first."""
@@ -191,14 +197,14 @@ class RankBins(Selector):
         _, relative = relative_rank(importance, batch, protected)
         return self.kept[self.bin_of(relative)].bool() | protected
 
-    def count(self, droppable):
+    def counts(self, droppable):
         pattern = self.pattern()
-        if self.counts[0] is not pattern:
-            self.counts = (pattern, {})
-        known = self.counts[1]
-        if droppable not in known:
-            known[droppable] = sum(pattern[i] for i in self.bin_of(relative_ranks(droppable)).tolist())
-        return known[droppable]
+        if self.known[0] != pattern:
+            self.known = (pattern, {})
+        known = self.known[1]
+        for n in set(droppable) - known.keys():
+            known[n] = sum(pattern[i] for i in self.bin_of(relative_ranks(n)).tolist())
+        return [known[n] for n in droppable]
 
     def pattern(self):
         """The kept bins as a list of 1, 0 (or -1 = unknown)."""
@@ -247,14 +253,13 @@ class TopK(Selector):
             raise ConfigError(
                 f"TopK(keep={keep!r}): keep is a share in (0, 1] (a float) or a number of tokens from 1 to a million (an int)."
             )
-        self.share, self.counts = keep, {}
+        self.share, self.known = keep, {}
 
-    def count(self, droppable):
-        if isinstance(self.share, int):
-            return min(self.share, droppable)
-        if droppable not in self.counts:
-            self.counts[droppable] = int((relative_ranks(droppable) < self.share).sum())
-        return self.counts[droppable]
+    def counts(self, droppable):
+        for n in set(droppable) - self.known.keys():
+            few = isinstance(self.share, int)
+            self.known[n] = min(self.share, n) if few else int((relative_ranks(n) < self.share).sum())
+        return [self.known[n] for n in droppable]
 
     def keep(self, importance, batch, protected):
         rank, relative = relative_rank(importance, batch, protected)

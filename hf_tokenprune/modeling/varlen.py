@@ -8,6 +8,9 @@ Two things the kernel was not made for it does with a few more dimensions per he
 * the attention that each token receives, without the matrices of attention ever being there, see `received`.
 """
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 
 HALF = (torch.float16, torch.bfloat16)
@@ -21,6 +24,13 @@ def flash(*args, **kwargs):
     return torch.ops.aten._flash_attention_forward(*args, **kwargs)[:2]
 
 
+@cache
+def has_flash(device):
+    """Is the operator there, as this file knows it (torch 2.10 or newer), and made for this GPU?"""
+    known = torch.version.hip is None and find_spec("torch.nn.attention.varlen") is not None
+    return known and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0))
+
+
 def takes_varlen(query, batch, *, window=None, causal=False, asking=None, importance=False):
     """Can `varlen` do this?
 
@@ -32,6 +42,7 @@ def takes_varlen(query, batch, *, window=None, causal=False, asking=None, import
     return (
         query.device.type == DEVICE
         and query.dtype in HALF
+        and has_flash(query.device)
         and query.shape[3] % 8 == 0
         and query.shape[3] + more <= WIDEST
         and (window is None or batch.gapless)
