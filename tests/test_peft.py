@@ -334,7 +334,7 @@ def test_a_pruning_adapter_leaves_the_model_and_trains_gates_alone(alone, base_f
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert learning
     assert all("pruner" in name for name in learning)
-    assert 0.5 < spent_share(inside(model), Texts()) < 0.56
+    assert 0.45 < spent_share(inside(model), Texts()) < 0.56
     expected = base(base_folder)
     for name, parameter in expected.named_parameters():
         assert torch.equal(inside(model).get_parameter(name), parameter)
