@@ -54,7 +54,7 @@ class SaliencyLoss(Helper):
                 continue
             layer = site * len(theirs) // objective.pruner.layer_count
             salient = theirs[layer].batch.unpack(gradients[layer].float()).norm(dim=-1)
-            scores, mask = _scores(call)
+            scores, mask = padded_importance(call, call.protected)
             losses.append(listwise(scores, salient, mask))
         return {"importance": self.weight * torch.stack(losses).mean()} if losses else {}
 
@@ -94,11 +94,11 @@ def _said(tensor, real, separate):
     return (normalize(weight.detach(), dim=-1) * tensor).sum()
 
 
-def _scores(call):
-    """The scores that a site gave as `(B, S)`, and which of these entries are droppable tokens that it saw."""
+def padded_importance(call, stays):
+    """A layer's importance as `(B, S)`, and which of these entries are tokens that it saw, but for those that stay anyway, `(T,)`."""
     batch = call.batch
     size = batch.batch_size * batch.seq_len
     flat = call.importance.new_zeros(size).index_copy(0, batch.index, call.importance)
     mask = torch.zeros(size, dtype=torch.bool, device=flat.device)
-    mask.index_copy_(0, batch.index, ~call.protected)
+    mask.index_copy_(0, batch.index, ~stays)
     return flat.view(batch.batch_size, -1), mask.view(batch.batch_size, -1)

@@ -19,7 +19,7 @@ from ..schedule import ramp
 from .base import Helper, is_separate
 from .budgeted import BudgetedGates, Part
 from .gated import GatedMethod, GatedObjective, plain_settings
-from .saliency import SaliencyLoss
+from .saliency import SaliencyLoss, padded_importance
 
 logger = logging.get_logger(__name__)
 
@@ -295,22 +295,14 @@ class RankingLoss(Helper):
         if objective.moment.phase != "anneal" or objective.taught is None:
             return {}
         teacher = objective.teacher.token_pruner.last_forward
-        target, _ = _to_padded(next(call for call in reversed(teacher.calls) if call.importance is not None))
+        last = next(call for call in reversed(teacher.calls) if call.importance is not None)
+        target, _ = padded_importance(last, last.summary)
         losses = []
         for layer in self.early:
-            scores, mask = _to_padded(objective.pruner.last_forward.calls[layer])
+            call = objective.pruner.last_forward.calls[layer]
+            scores, mask = padded_importance(call, call.summary)
             losses.append(ranking_distillation(scores, target, mask, top_k=self.top_k))
         return {"ranking": ramp(objective.moment.progress, self.weight, 0.01 * self.weight) * torch.stack(losses).mean()}
-
-
-def _to_padded(call):
-    """A layer's importance as `(B, S)`, and which of these entries are droppable tokens that it saw."""
-    batch = call.batch
-    size = batch.batch_size * batch.seq_len
-    flat = call.importance.new_zeros(size).index_copy(0, batch.index, call.importance)
-    mask = torch.zeros(size, dtype=torch.bool, device=flat.device)
-    mask[batch.index[~call.summary]] = True
-    return flat.view(batch.batch_size, -1), mask.view(batch.batch_size, -1)
 
 
 class ToPObjective(GatedObjective):
