@@ -38,10 +38,8 @@ class Budget:
         pruner = model.token_pruner if pruner is None else pruner
         self.shapes, self.dense_shapes = layer_shapes(model), dense_layer_shapes(model)
         self.sites = sorted(map(int, pruner.sites if sites is None else sites))
-        for layer in self.sites:
-            if getattr(pruner.site(layer), "scorer", None) is not None:  # it reads every token that enters
-                shape, site = self.shapes[layer], pruner.site(layer)
-                self.shapes[layer] = replace(shape, before=shape.before + site.hidden + site.width)
+        sites = {layer: pruner.site(layer) for layer in self.sites}
+        self.scorers = {layer: s.hidden + s.width for layer, s in sites.items() if getattr(s, "scorer", None) is not None}
         self.protected = pruner.family.summary_tokens
         self.pooled_head = pruner.pooled_head
         self.all_ask = bool(pruner.family.probabilities)
@@ -63,6 +61,8 @@ class Budget:
         dense = sum(self._layer(shape, 1.0, 1.0, lengths) for shape in self.dense_shapes)
         shapes = self.shapes if shapes is None else shapes
         for layer, shape in enumerate(shapes):
+            if layer in self.scorers:  # they read every token that enters
+                shape = replace(shape, before=shape.before + self.scorers[layer])
             entering, alive = alive, alive * kept.get(layer, 1.0)
             if self.pooled_head and layer == len(shapes) - 1:
                 tokens = self._tokens(entering, lengths)
@@ -80,7 +80,9 @@ class Budget:
         """The smallest share that long texts could be brought down to: everything dropped at the first site."""
         whole = sum(s.before + s.after for s in self.dense_shapes)
         first = self.sites[0]
-        return (sum(s.before + s.after for s in self.shapes[:first]) + self.shapes[first].before) / whole
+        return (
+            sum(s.before + s.after for s in self.shapes[:first]) + self.shapes[first].before + self.scorers.get(first, 0)
+        ) / whole
 
     def _layer(self, shape, entering, surviving, lengths):
         tokens = shape.before * self._tokens(entering, lengths) + shape.after * self._tokens(surviving, lengths)

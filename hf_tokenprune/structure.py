@@ -4,7 +4,8 @@ A gate of 0 does what cutting the part out would do, a gate of 1 changes nothing
 
 * a head's or FFN unit's gate multiplies what the next Linear reads of it;
 * a hidden unit's gate is its weight in the mean and variance of every LayerNorm, and multiplies the norm's output. So the norm
-  over the gated units is exactly the norm of the cut model;
+  over the gated units is exactly the norm of the cut model; and so it is with what scorers at the sites read of hidden units and
+  heads;
 * a block's gate moves its result from that of the untouched input (0) to its own (1): `x + gate * (block(x) - x)`. A block whose
   gate is 0 thus costs nothing, its norm included.
 """
@@ -159,12 +160,17 @@ class StructureGates:
                 if not name.endswith(".weight") or dims[0][0] != 0:
                     continue
                 if isinstance(module, nn.LayerNorm):
-                    keep(module.register_forward_hook(self._norm))
+                    keep(module.register_forward_hook(partial(self._norm, "hidden", 1)))
                 elif isinstance(module, nn.Linear) and id(module) not in within:
                     if dims[0][1] != 1:
                         raise ConfigError(f"{name} makes the hidden units {dims[0][1]} times, which cannot be gated.")
                     keep(module.register_forward_hook(self._linear))
         for number, layer in enumerate(layers):
+            scorer = getattr(self.pruner.site(number), "scorer", None)
+            if scorer is not None:
+                keep(scorer.norms["entered"].register_forward_hook(partial(self._norm, "hidden", 1)))
+                width = head_size(family, layer)
+                keep(scorer.norms["context"].register_forward_hook(partial(self._norm, ("heads", number), width)))
             blocks = (
                 (has_attention, "attention", ("heads", family.context), family.attention, family.cut),
                 (has_ffn, "ffn", ("units", family.units_out), family.ffn, family.ffn),
@@ -195,9 +201,9 @@ class StructureGates:
     # The hooks. Each leaves things as they are while its gates are not in force.
 
     @torch.compiler.disable
-    def _norm(self, norm, args, output):
-        gates = self._gate("hidden", torch.empty(0))
-        return None if gates is None else gated_layer_norm(args[0], norm, gates).to(output.dtype)
+    def _norm(self, name, width, norm, args, output):
+        gates = self._gate(name, torch.empty(0))
+        return None if gates is None else gated_layer_norm(args[0], norm, gates.repeat_interleave(width)).to(output.dtype)
 
     @torch.compiler.disable
     def _linear(self, linear, args, output):
@@ -243,7 +249,7 @@ def gated_layer_norm(states, norm, gates):
     Args:
         states: `(..., H)`.
         norm: the `nn.LayerNorm`.
-        gates: `(H,)` in [0, 1], not all 0.
+        gates: `(H,)` in [0, 1].
 
     Returns:
         `(..., H)` in float32.
@@ -254,7 +260,7 @@ def gated_layer_norm(states, norm, gates):
         tensor([-1.0000,  0.0000,  1.0000,  0.0000])
     """
     gates = gates.float()
-    share = gates / gates.sum()
+    share = gates / gates.sum().clamp(min=1e-6)
     states = states.float()
     centred = states - (states * share).sum(-1, keepdim=True)
     scaled = centred * torch.rsqrt((centred.square() * share).sum(-1, keepdim=True) + norm.eps)

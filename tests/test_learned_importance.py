@@ -291,7 +291,7 @@ def test_by_default_it_is_learned_where_it_can_be():
 
 def test_where_it_is_not_there_it_is_refused():
     with pytest.raises(tp.errors.ConfigError, match="learned"):
-        tp.Compose(tp.StructuredPruning(), tp.ToP(importance="learned"), target_macs=0.4)
+        tp.Compose(tp.StructuredPruning(), tp.ToP(importance="learned"), target_macs=0.4, teacher=None)
     with pytest.raises(tp.errors.ConfigError, match="learned"):
         tp.TokenPruneCallback(learning()).attach(build("mpnet", HEAD))
 

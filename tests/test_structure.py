@@ -131,6 +131,34 @@ def test_cut_equals_gated_whatever_is_off(name, head, off):
     assert_cut_equals_gated(name, head, OFF[off])
 
 
+@pytest.mark.parametrize("off", [(), MIXED], ids=["no block", "mixed"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "qwen3"])
+def test_cut_equals_gated_where_importance_is_learned(name, off):
+    """What a scorer reads is cut along, and until then its norms are over what is left."""
+    head = "ForTokenClassification"
+    model, inputs = tp.pack(uneven(name, head)), make_inputs(name, head)
+    sites = {layer: tp.RankBins(8, 32, 32) for layer in range(4)}
+    for site in sites.values():
+        site.set_kept([1] * 6 + [0] * 2)
+        torch.nn.init.normal_(site.scorer.entered, std=0.3)
+        torch.nn.init.normal_(site.scorer.context, std=0.3)
+    tp.attach(model, sites)
+    gates = put_gates(model, name)
+    gates.hard = hard = random_gates(gates.layout, off)
+    for layer in range(4):  # as training does where attention is gated off
+        if hard[gates.layout.parts["attention", layer]] == 0:
+            sites[layer].set_kept([1] * 8)
+    gated = outputs_of(model, inputs)
+    traced = [layer.survived for layer in model.token_pruner.trace]
+    hidden, heads, units = gates.layout.left(hard)
+    resize(model, hidden=hidden, heads=heads, units=units)
+    assert_close(outputs_of(model, inputs), gated, atol=2e-5)
+    assert sum(traced[-1]) < sum(model.token_pruner.trace[0].arrived)
+    left = list(model.token_pruner.sites.values())
+    assert [(site.hidden, site.width) for site in left] == [tuple(map(len, site.scorer.parameters()))[1:] for site in left]
+    assert {site.width for site in left} != {32}
+
+
 @pytest.mark.parametrize(("name", "head"), SOME)
 def test_soft_gates_are_in_force_in_training_only_and_agree_with_hard_ones(name, head):
     model, inputs = uneven(name, head), make_inputs(name, head)

@@ -35,7 +35,7 @@ def weights(**settings):
 
 def both(parts=None, **settings):
     """A Compose that fits into a few steps."""
-    tokens = tp.ToP(rank_bins=8, rank_topk=4, rank_weight=0.1)
+    tokens = settings.pop("tokens", None) or tp.ToP(rank_bins=8, rank_topk=4, rank_weight=0.1)
     return tp.Compose(tp.StructuredPruning(parts=parts), tokens, **{"target_macs": 0.3, "schedule": PLAN, **settings})
 
 
@@ -46,7 +46,9 @@ METHODS = {
     "parameters": lambda: weights(target_params=0.4),
     "lagrangian": lambda: weights(constraint="lagrangian"),
     "both": both,
+    "learned": lambda: both(tokens=tp.ToP(rank_bins=8)),
 }
+BOTH = ("both", "learned")
 
 
 def size_of(model):
@@ -134,7 +136,7 @@ def test_one_run_goes_through_all_phases_and_the_weights_shrink_at_surgery(runs,
     sizes = [size for size, *_ in recorder.looks]
     assert set(sizes[: SURGERY - 1]) == {sizes[0]}
     assert set(sizes[SURGERY - 1 :]) == {size_of(trainer.model)}
-    assert sizes[-1] < 0.8 * sizes[0]
+    assert sizes[-1] < (0.95 if name == "learned" else 0.8) * sizes[0], "tokens that are ranked better are worth dropping"
     assert recorder.looks[SURGERY - 2][1] == DENSE_SIZES
     if name == "narrow":
         assert sizes_of(trainer.model)[0] < 32
@@ -147,7 +149,7 @@ def test_the_log_holds_the_budget_and_every_loss(runs, name):
     entries = [entry for entry in runs(name)[0].state.log_history if "loss" in entry]
     assert len(entries) == STEPS // 2
     always = {f"{cost}_target", "macs_realised", "pruning_phase", "tokens_after_0"}
-    settling = {"distillation", "layer_distillation"}
+    settling = {"distillation", "layer_distillation", *({"importance"} if name == "learned" else ())}
     gated = {"soft_hard_gap", *({"ranking"} if name == "both" else ()), *({"lagrangian"} if name == "lagrangian" else ())}
     every = {"macs_expected", "params_expected", "ranking", *settling, *gated}
     for number, entry in enumerate(entries, start=1):
@@ -161,7 +163,7 @@ def test_the_log_holds_the_budget_and_every_loss(runs, name):
     targets = [entry[f"{cost}_target"] for entry in entries]
     assert all(b < a + 1e-3 for a, b in itertools.pairwise(targets)), "up to the lengths that were seen meanwhile"
     assert targets[0] == 1
-    assert targets[-1] == pytest.approx(0.3 if name in ("both", "narrow") else 0.4)
+    assert targets[-1] == pytest.approx(0.3 if name in (*BOTH, "narrow") else 0.4)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -171,10 +173,10 @@ def test_the_budget_is_met(runs, name):
     trainer, _, _ = runs(name)
     target = logged(trainer, "params_target" if name == "parameters" else "macs_target")[-1]
     spent = layers_left(trainer.model) if name == "parameters" else spent_share(trainer.model, Texts())
-    assert target - (0.03 if name == "both" else 0.14) < spent < target + 0.01
+    assert target - (0.03 if name in BOTH else 0.14) < spent < target + 0.01
     realised = logged(trainer, "macs_realised")
     assert realised[-1] == pytest.approx(spent_share(trainer.model, Texts()), abs=0.02)
-    if name != "both":  # tokens are dropped while annealing, weights are not
+    if name not in BOTH:  # tokens are dropped while annealing, weights are not
         assert min(realised[: SURGERY // 2]) > 0.8
 
 
@@ -211,10 +213,13 @@ TOTAL = 16  # dense to step 4, surgery with step 12
 RESUMED = {
     "narrow": METHODS["narrow"],
     "both": lambda: both(parts=NARROW),
+    "learned": lambda: both(parts=NARROW, tokens=tp.ToP(rank_bins=8)),
     "weights, lagrangian": METHODS["lagrangian"],
     "no teacher": lambda: weights(teacher=None),
 }
-KILLS = [("narrow", step) for step in (2, 4, 5, 8, 11, 12, 14)] + [("both", step) for step in (2, 4, 5, 8, 12, 14)]
+KILLS = [("narrow", step) for step in (2, 4, 5, 8, 11, 12, 14)] + [
+    (name, step) for name in BOTH for step in (2, 4, 5, 8, 12, 14)
+]
 KILLS += [("weights, lagrangian", 8), ("weights, lagrangian", 12), ("no teacher", 12), ("no teacher", 14)]
 INPUTS = make_inputs("bert", HEAD)
 
@@ -261,12 +266,12 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tmp_
     assert_same_state(resumed.model.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["narrow", "both"])
+@pytest.mark.parametrize("name", ["narrow", *BOTH])
 def test_the_resumed_runs_lose_hidden_units(uninterrupted, name):
     assert sizes_of(uninterrupted(name)[1])[0] < 32
 
 
-@pytest.mark.parametrize("name", ["narrow", "both"])
+@pytest.mark.parametrize("name", ["narrow", *BOTH])
 @pytest.mark.parametrize("step", [8, 11, 12, 14, TOTAL])
 def test_a_checkpoint_opens_as_the_model_that_was_training(uninterrupted, name, step):
     """Before surgery with all of its weights and no gates, after it cut."""
@@ -280,7 +285,7 @@ def test_a_checkpoint_opens_as_the_model_that_was_training(uninterrupted, name, 
         assert not torch.equal(gated, plain)
     else:
         assert sizes_of(opened) == sizes_of(model) != DENSE_SIZES
-    assert opened.config.token_pruning["method"]["name"] == {"narrow": "structured", "both": "compose"}[name]
+    assert opened.config.token_pruning["method"]["name"] == ("structured" if name == "narrow" else "compose")
 
 
 def test_the_same_trainer_goes_back_to_a_checkpoint_as_small_as_its_model_and_to_no_larger_one(tmp_path):
@@ -388,7 +393,7 @@ def test_accumulating_two_micro_batches_is_one_batch(tmp_path, make, constraint)
     assert_close_state(*states, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [weights, both])
+@pytest.mark.parametrize("make", [weights, both, METHODS["learned"]], ids=["weights", "both", "learned"])
 def test_activation_checkpointing_changes_nothing(tmp_path, make):
     found = []
     for asked in ({}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}):
@@ -400,7 +405,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path, make):
     assert_same_state(found[1].state_dict(), found[0].state_dict())
 
 
-@pytest.mark.parametrize("name", ["narrow", "both"])
+@pytest.mark.parametrize("name", ["narrow", *BOTH])
 def test_bf16_trains_and_cuts(tmp_path, name):
     trainer = trained(tmp_path, METHODS[name](), max_steps=TOTAL, bf16=True)
     assert sizes_of(trainer.model) != DENSE_SIZES

@@ -18,8 +18,8 @@ class Compose(GatedMethod):
 
     Args:
         weights: a `StructuredPruning`; only its `parts` count.
-        tokens: a `ToP`; only its `sites`, `rank_bins`, `rank_topk`, `rank_weight` and `site_gates` count. Its importance is the
-            attention received: a learned one reads weights that would be cut.
+        tokens: a `ToP`; only its `sites`, `rank_bins`, `rank_topk`, `rank_weight`, `importance`, `importance_weight` and
+            `site_gates` count.
         target_macs, teacher, distill_weight, layer_weight, constraint, gate_lr, schedule: of the run, as for `ToP`.
 
     Raises:
@@ -47,15 +47,10 @@ class Compose(GatedMethod):
             given = [field for field in shared if getattr(method, field) != getattr(plain, field)]
             if given:
                 raise ConfigError(f"{kind.__name__}({given[0]}=...) inside of Compose has no effect: give it to Compose.")
-        if self.tokens.importance == "learned":
-            raise ConfigError(
-                'Compose(tokens=ToP(importance="learned")): a learned importance reads weights that would be cut. Leave it out.'
-            )
-        if self.tokens.importance_weight != ToP.importance_weight:
-            raise ConfigError(
-                "ToP(importance_weight=...) inside of Compose has no effect: importance is attention received there."
-            )
-        object.__setattr__(self, "tokens", replace(self.tokens, importance="attention"))
+        if self.teacher is None:
+            if self.tokens.importance == "learned":
+                raise ConfigError('Compose(tokens=ToP(importance="learned"), teacher=None): it is learned from a teacher.')
+            object.__setattr__(self, "tokens", replace(self.tokens, importance="attention"))
 
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""
@@ -81,5 +76,7 @@ class Compose(GatedMethod):
             model, [weights, bins], Budget(model),
             target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=True,
         )  # fmt: skip
-        helpers = [*self.layer_distillation(model, gates.state, matched=True), *self.tokens.ranking(model, sites)]
-        return StructuredObjective(model, self, gates, helpers=helpers)
+        return StructuredObjective(model, self, gates, helpers=[
+            *self.layer_distillation(model, gates.state, matched=True),
+            *self.tokens.ranking(model, sites), *self.tokens.saliency(model),
+        ])  # fmt: skip

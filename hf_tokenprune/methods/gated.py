@@ -123,6 +123,9 @@ class GatedObjective(Objective):
             helper.start_run()
         self.told = False
 
+    def parameters(self):
+        return [*self.pruner.training_state.parameters(), *self.pruner.sites.parameters()]
+
     def target(self):
         if self.moment.phase == "dense":
             return 1.0

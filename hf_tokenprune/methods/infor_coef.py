@@ -214,10 +214,6 @@ class InforCoefObjective(StructuredObjective):
         """The samplers by layer."""
         return {int(layer): sampler for layer, sampler in self.pruner.sites.items()}
 
-    def parameters(self):
-        samplers = (parameter for sampler in self.pruner.sites.values() for parameter in sampler.parameters())
-        return [*self.pruner.training_state.parameters(), *samplers]
-
     def start_run(self, learning_rate, steps):
         super().start_run(learning_rate, steps)
         self._set_offset(float("inf"))

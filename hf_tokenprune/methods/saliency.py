@@ -5,7 +5,8 @@ from torch.nn.functional import normalize
 
 from ..losses import listwise
 from ..modeling.architectures import find_encoder, get_layers
-from .base import Helper
+from ..modeling.cutting import layers_left
+from .base import Helper, is_separate
 
 
 class SaliencyLoss(Helper):
@@ -16,8 +17,9 @@ class SaliencyLoss(Helper):
     encoder, whose early layers learn to find these tokens.
     """
 
-    def __init__(self, sites, weight, separate):
-        self.sites, self.weight, self.separate = sites, weight, separate
+    def __init__(self, model, weight):
+        self.weight, self.separate = weight, is_separate(model)
+        self.layers = layers_left(find_encoder(model)[1])
         self.gradients = None
 
     def prepare(self, objective):
@@ -47,12 +49,12 @@ class SaliencyLoss(Helper):
             return {}
         gradients, self.gradients = self.gradients, None
         theirs = objective.teacher.token_pruner.last_forward.calls
-        losses = []
-        for site in self.sites:
+        losses, left = [], layers_left(find_encoder(objective.model)[1])
+        for site in map(int, objective.pruner.sites):
             call = objective.pruner.last_forward.calls[site]
             if call.importance is None:  # while settling, at a site that keeps every token
                 continue
-            layer = site * len(theirs) // objective.pruner.layer_count
+            layer = self.layers.index(left[site]) * len(theirs) // len(self.layers)
             salient = theirs[layer].batch.unpack(gradients[layer].float()).norm(dim=-1)
             scores, mask = padded_importance(call, call.protected)
             losses.append(listwise(scores, salient, mask))

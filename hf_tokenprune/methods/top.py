@@ -16,7 +16,7 @@ from ..modeling.modeling_token_pruned import attach, is_token_pruned, make_confi
 from ..modeling.pruner import TokenPruner
 from ..modeling.selection import RankBins, relative_rank
 from ..schedule import ramp
-from .base import Helper, is_separate
+from .base import Helper
 from .budgeted import BudgetedGates, Part
 from .gated import GatedMethod, GatedObjective, plain_settings
 from .saliency import SaliencyLoss, padded_importance
@@ -127,12 +127,9 @@ class ToP(GatedMethod):
             model, [bins], Budget(model),
             target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=False,
         )  # fmt: skip
-        helpers = [*self.layer_distillation(model, gates.state, matched=False), *self.ranking(model, sites)]
-        if self.learns(model):
-            model.token_pruner.sites.requires_grad_(True)
-            if self.importance_weight > 0:
-                helpers.append(SaliencyLoss(sites, self.importance_weight, is_separate(model)))
-        return ToPObjective(model, self, gates, helpers=helpers)
+        return ToPObjective(model, self, gates, helpers=[
+            *self.layer_distillation(model, gates.state, matched=False), *self.ranking(model, sites), *self.saliency(model),
+        ])  # fmt: skip
 
     def learns(self, model):
         """Is importance learned, in this model?"""
@@ -183,6 +180,13 @@ class ToP(GatedMethod):
         if probe.family.probabilities:
             raise ConfigError(f'ToP(importance="learned") is not there for {type(model).__name__}: use "attention".')
         return {"hidden": probe.hidden_size, "width": layer_shapes(model)[site].attention // 2}
+
+    def saliency(self, model):
+        """What teaches the scorers, if there are any."""
+        if not self.learns(model):
+            return []
+        model.token_pruner.sites.requires_grad_(True)
+        return [SaliencyLoss(model, self.importance_weight)] if self.importance_weight > 0 else []
 
     def ranking(self, model, sites):
         """The ranking loss, if it has any weight."""
@@ -307,10 +311,6 @@ class RankingLoss(Helper):
 
 class ToPObjective(GatedObjective):
     """See `ToP`."""
-
-    def parameters(self):
-        scorers = (parameter for site in self.pruner.sites.values() for parameter in site.parameters())
-        return [*self.pruner.training_state.parameters(), *scorers]
 
     def tell_out_of_reach(self, spent):
         logger.warning(

@@ -20,7 +20,7 @@ except ImportError as error:
 
 from .architectures import is_sharded, transformers_model
 from .configs import restored, settle_config
-from .cutting import cut
+from .cutting import context_left, cut
 from .errors import ConfigError, TrainingError, UnsupportedModelError
 from .pruner import TokenPruner
 from .saving import all_or_nothing
@@ -322,6 +322,7 @@ def resize(model, *, heads, units, hidden=None, on_cut=None):
     """
     pruner, settings = model.token_pruner, model.config.token_pruning
     pruner.uninstall(model)
+    contexts = [context_left(model, layer, chosen) for layer, chosen in enumerate(heads)]
     try:
         cut(model, heads=heads, units=units, hidden=hidden, on_cut=on_cut)
         if hidden is not None:
@@ -329,6 +330,8 @@ def resize(model, *, heads, units, hidden=None, on_cut=None):
             for part in (*pruner.sites.values(), getattr(pruner, "training_state", None)):
                 if hasattr(part, "cut_hidden"):
                     part.cut_hidden(index, on_cut)
+        for layer, selector in pruner.sites.items():
+            selector.cut_context(torch.as_tensor(contexts[int(layer)], device=model.device, dtype=torch.long), on_cut)
         settle_config(model)
         pruner.keep_layers(model, [i for i, (a, f) in enumerate(zip(heads, units, strict=True)) if len(a) + len(f)])
     finally:

@@ -114,6 +114,18 @@ class Selector(nn.Module):
     def cut_hidden(self, index, on_cut=None):
         """The model's hidden units are cut down to those at `index`: cut what reads them, after telling `on_cut`."""
 
+    def cut_context(self, index, on_cut=None):
+        """What the layer's attention brings together is cut down to what is at `index`: the same."""
+
+
+class Standardize(nn.Module):
+    """LayerNorm without weights, in float32. Gates on what it reads count in its mean and variance, as in any LayerNorm."""
+
+    eps, weight, bias = 1e-5, None, None
+
+    def forward(self, states):
+        return layer_norm(states.float(), states.shape[-1:], eps=self.eps)
+
 
 class Scorer(nn.Module):
     """Importance that is learned: the logarithm of the attention received, and what is read from a token's states.
@@ -132,6 +144,7 @@ class Scorer(nn.Module):
         self.received = nn.Parameter(torch.full((1,), 1 / self.GAIN))
         self.entered = nn.Parameter(torch.zeros(hidden))
         self.context = nn.Parameter(torch.zeros(width))
+        self.norms = nn.ModuleDict({"entered": Standardize(), "context": Standardize()})
 
     def forward(self, received, batch, entered, context):
         """`(T,)` scores in float32.
@@ -143,8 +156,8 @@ class Scorer(nn.Module):
             context: `(T, width)` what its attention has brought together for them.
         """
         score = self.received.float() * (received.float() * batch.lengths_by_token).clamp(min=1e-6).log()
-        for states, weight in ((entered, self.entered), (context, self.context)):
-            score = score + (layer_norm(states.float(), states.shape[-1:]) * weight.float()).sum(-1)
+        for name, states, weight in (("entered", entered, self.entered), ("context", context, self.context)):
+            score = score + (self.norms[name](states) * weight.float()).sum(-1)
         return self.GAIN * score
 
 
@@ -228,6 +241,16 @@ class RankBins(Selector):
 
     def reset(self):
         self.kept.fill_(-1)
+
+    def cut_hidden(self, index, on_cut=None):
+        if self.scorer is not None:
+            cut_parameter(self.scorer.entered, 0, index, on_cut)
+            self.hidden = len(index)
+
+    def cut_context(self, index, on_cut=None):
+        if self.scorer is not None:
+            cut_parameter(self.scorer.context, 0, index, on_cut)
+            self.width = len(index)
 
 
 @register_selector
