@@ -7,7 +7,7 @@ from families import token_head as one_head
 from reference import DEPTH, Reference, Rule, bins, number, samples_of, share
 
 import hf_tokenprune as tp
-from hf_tokenprune.modeling import calls, packing, pruner
+from hf_tokenprune.modeling import calls, packing
 from hf_tokenprune.modeling.packing import PackedBatch
 from hf_tokenprune.modeling.selection import relative_rank
 
@@ -213,7 +213,7 @@ def test_rows_that_nobody_counted_are_those(monkeypatch, name):
     inputs = make_inputs(name, head, LENGTHS)
     model = attach(build(name, head), sites_of(name, head, (0, 2)), protected_token_ids=[int(inputs["input_ids"][0, 1])])
     expected = outputs_of(model, inputs)
-    for module in (packing, calls, pruner):
+    for module in (packing, calls):
         monkeypatch.setattr(module, "rows_of", packing.scattered_rows)
     found = outputs_of(model, inputs)
     assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -9,7 +9,7 @@ import torch
 from families import CASES, build, make_inputs, outputs_of
 
 import hf_tokenprune as tp
-from hf_tokenprune.modeling import attention, varlen
+from hf_tokenprune.modeling import attention, kernels, packing, selection, varlen
 from hf_tokenprune.modeling.packing import PackedBatch, scattered_rows
 from hf_tokenprune.modeling.varlen import takes_varlen
 
@@ -106,6 +106,18 @@ def slow_kernel(
     return torch.cat(out), torch.cat(logs, 1)
 
 
+def slow_received(queries, keys, sums, bounds, longest, scaling, say=None):
+    """What `kernels.received` does, one sequence at a time."""
+    assert bounds.dtype == torch.int32
+    assert sums.dtype == torch.float32
+    sizes, taken = bounds.diff().tolist(), []
+    assert max(sizes) == longest
+    for q, k, logs in zip(queries.split(sizes), keys.split(sizes), sums.split(sizes, 1), strict=True):
+        shares = (torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scaling - logs[..., None]).exp().sum(1) / max(len(q), 1)
+        taken.append(shares.mean(0) if say is None else (say / say.sum()) @ shares)
+    return torch.cat(taken)
+
+
 @pytest.fixture
 def kernel(monkeypatch):
     calls = []
@@ -116,6 +128,8 @@ def kernel(monkeypatch):
 
     monkeypatch.setattr(varlen, "flash", called)
     monkeypatch.setattr(varlen, "DEVICE", "cpu")
+    monkeypatch.setattr(varlen, "has_kernels", lambda _: True)
+    monkeypatch.setattr(varlen, "received", slow_received)
     return calls
 
 
@@ -158,7 +172,7 @@ def test_importance_without_the_matrices_of_attention(kernel, monkeypatch, dtype
         q = q.to(dtype)
         options = {"importance": True, "say": None if say is None else torch.tensor(say)}
         context, received = attention.packed_attention(q, k, v, batch, **options)
-        assert len(kernel) == 2
+        assert len(kernel) == 1
         monkeypatch.setattr(varlen, "DEVICE", "nowhere")
         otherwise, expected = attention.packed_attention(*(x.float() for x in (q, k, v)), batch, **options)
     torch.testing.assert_close(context.float(), otherwise, rtol=0.02, atol=0.02)
@@ -178,7 +192,7 @@ def test_soft_gates_in_the_kernel_have_the_gradients_of_the_matrices(kernel, mon
         context, _ = attention.packed_attention(q, k, v, batch.with_weights(weights), importance=True)
         loss = (context.float() * torch.arange(context.numel()).view_as(context).cos()).sum()
         found.append(torch.autograd.grad(loss, (q, k, v, weights)))
-    assert len(kernel) == 2
+    assert len(kernel) == 1
     for by_kernel, otherwise in zip(*found, strict=True):
         assert (by_kernel - otherwise).norm() < 0.02 * otherwise.norm()
 
@@ -244,6 +258,43 @@ def on_gpu(size, count=32):
     mask = (torch.arange(200)[None] < lengths[:, None]).cuda()
     batch = PackedBatch.from_mask(mask, batch_size=count, seq_len=200, device="cuda")
     return batch, [torch.randn(1, heads, batch.total, size, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)]
+
+
+@needs_gpu
+@pytest.mark.parametrize("lengths", [(3, 1, 70, 0, 9, 3, 130, 64, 5), (65, 65), (1,), (1500, 2)])
+def test_ranks_and_rows_are_those_of_the_slow_way(monkeypatch, lengths):
+    torch.manual_seed(0)
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    batch = PackedBatch.from_mask(mask, batch_size=len(lengths), seq_len=max(lengths), device="cuda")
+    importance = torch.randn(batch.total, device="cuda")
+    importance[torch.rand(batch.total) < 0.3] = 0.25
+    protected = torch.rand(batch.total, device="cuda") < 0.1
+    by_kernel, rows, chosen = selection.relative_rank(importance, batch, protected), *batch.choose(importance > 0.25)
+    monkeypatch.setattr(selection, "has_kernels", lambda _: False)
+    monkeypatch.setattr(packing, "has_kernels", lambda _: False)
+    for found, expected in zip(by_kernel, selection.relative_rank(importance, batch, protected), strict=True):
+        assert torch.equal(found[~protected], expected[~protected])
+    slow_rows, slow = batch.choose(importance > 0.25)
+    assert torch.equal(rows, slow_rows)
+    assert torch.equal(chosen.index, slow.index)
+    assert torch.equal(chosen.bounds, slow.bounds)
+    again = PackedBatch.from_mask(mask, batch_size=len(lengths), seq_len=max(lengths), device="cuda")
+    assert torch.equal(batch.index, again.index)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [32, 40, 64, 128, 256])
+@pytest.mark.parametrize("say", [None, (0.5, 1.0, 0.0, 0.3)])
+def test_what_is_received_is_what_the_slow_way_says(dtype, size, say):
+    torch.manual_seed(0)
+    lengths = (3, 1, 70, 9, 3, 130, 64, 300)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+    queries, keys = (torch.randn(4, sum(lengths), size, device="cuda").to(dtype).transpose(0, 1) for _ in range(2))
+    pairs = zip(queries.split(lengths), keys.split(lengths), strict=True)
+    sums = [(torch.einsum("qhd,khd->hqk", q.float(), k.float()) * 0.2).logsumexp(-1) for q, k in pairs]
+    given = queries, keys, torch.cat(sums, 1), bounds, 300, 0.2, None if say is None else torch.tensor(say, device="cuda")
+    torch.testing.assert_close(kernels.received(*given), slow_received(*given), rtol=2e-3, atol=1e-5)
 
 
 @needs_gpu

@@ -175,8 +175,9 @@ class LayerCall:
     def departed(self):
         """`(index, states)` of the tokens that leave here: they keep the hidden state they entered the layer with."""
         gone = torch.ones(self.batch.total, dtype=torch.bool, device=self.rows.device).index_fill_(0, self.rows, False)
-        rows = rows_of(gone, self.batch.total - len(self.rows))
-        return self.batch.index[rows], self.entered.index_select(1, rows)
+        lengths = [before - after for before, after in zip(self.batch.lengths, self.survivors.lengths, strict=True)]
+        rows, batch = self.batch.choose(gone, lengths=lengths)
+        return batch.index, self.entered.index_select(1, rows)
 
     def trace(self):
         entered = self.batch.lengths
@@ -230,9 +231,15 @@ class Forward:
         self.read = torch.zeros(batch.batch_size * batch.seq_len, dtype=torch.bool, device=batch.index.device)
         family = self.pruner.family
         if not family.pools_last:
-            if self.pruner.pooled_head and not batch.dense:
-                _check_first_position(batch)
-            self.read.index_copy_(0, batch.index, batch.places < family.summary_tokens)
+            if self.pruner.pooled_head and not batch.begins:
+                raise UnsupportedInputError(
+                    "attention_mask marks the first position of a sequence as padding, but this model's head reads the first "
+                    "position. Pad on the right: tokenizer.padding_side = 'right'."
+                )
+            if family.summary_tokens == 1:
+                self.read.index_fill_(0, batch.index[batch.first_rows], True)
+            else:
+                self.read.index_copy_(0, batch.index, batch.places < family.summary_tokens)
         elif self.head_reads:
             self.read[self._last_that_is_no_padding(batch)] = True
         else:
@@ -312,11 +319,3 @@ class Forward:
         site = self.pruner.site(0)
         door = number == 0 and site is not None and site.before  # what a sampler drops before the first layer was in its input
         return batch.unpack(states, [gone for layer, gone in self.departed if layer < number + door])
-
-
-def _check_first_position(batch):
-    if (batch.positions[batch.first_rows] != 0).any():
-        raise UnsupportedInputError(
-            "attention_mask marks the first position of a sequence as padding, but this model's head reads the first position. "
-            "Pad on the right: tokenizer.padding_side = 'right'."
-        )

@@ -14,12 +14,19 @@ of equal length are neighbours and attention can treat them in one call.
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
 from .errors import UnsupportedInputError
+from .kernels import has_kernels, kept_rows
 
 CELLS = 2**24
+
+
+def sent(numbers, device, dtype=torch.int64):
+    """A list of numbers as a tensor on a device, which need not be waited for."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 def check_not_empty(batch_size, seq_len):
@@ -46,6 +53,7 @@ class PackedBatch:
         masked: weights may be 0: such tokens are as good as gone, but wait here for a gradient.
         between: relative positions of these tokens, as `padded.py` has made them.
         thinned: tokens have been dropped from among these.
+        begins: every sequence has a token at its first position in the padded batch; not known of thinned ones.
     """
 
     batch_size: int
@@ -58,6 +66,7 @@ class PackedBatch:
     masked: bool = False
     between: dict = field(default_factory=dict, repr=False)
     thinned: bool = False
+    begins: bool = True
 
     @classmethod
     def from_mask(cls, mask, *, batch_size, seq_len, device):
@@ -73,26 +82,28 @@ class PackedBatch:
                 "model takes a 2-D mask with one entry per token; 3-D and 4-D masks cannot be packed."
             )
         mask = mask.to(device=device, dtype=torch.bool)
-        counts = mask.sum(1)
-        lengths = counts.tolist()
+        lengths, begin = torch.stack([mask.sum(1), mask[:, 0]]).tolist()
         if not any(lengths):  # layers cannot run on no token at all: let one stand for the empty batch
             mask = mask.clone()
-            mask[0, 0], counts[0], lengths[0] = True, 1, 1
+            mask[0, 0], lengths[0], begin[0] = True, 1, 1
         if min(lengths, default=0) == seq_len:
             return cls(batch_size, seq_len, lengths, samples, everything, dense=True)
-        index = rows_of(mask.reshape(-1), sum(lengths))
         order = sorted(samples, key=lengths.__getitem__)
-        if order == samples:
-            return cls(batch_size, seq_len, lengths, samples, index)._counted(counts)
-        there = counts.argsort(stable=True)
-        batch = cls(batch_size, seq_len, [lengths[i] for i in order], order, index)._counted(counts[there])
-        batch.index = index[(counts.cumsum(0) - counts)[there][batch.sequence_ids] + batch.places]
+        batch = cls(batch_size, seq_len, [lengths[i] for i in order], order, everything)
+        batch.begins = all(begin[i] for i in samples if lengths[i])
+        flat, total = mask.reshape(-1), sum(lengths)
+        if has_kernels(mask.device):
+            bounds, places = range(0, batch_size * seq_len + 1, seq_len), [0] * batch_size
+            for place, sample in zip(batch.starts, order, strict=False):
+                places[sample] = place
+            bounds, places = (sent(list(numbers), mask.device, torch.int32) for numbers in (bounds, places))
+            batch.index, _ = kept_rows(flat, everything, bounds, places, total)
+            return batch
+        batch.index = rows_of(flat, total)
+        if order != samples:
+            starts = [0, *accumulate(lengths)]
+            batch.index = batch.index[sent([starts[i] for i in order], mask.device)[batch.sequence_ids] + batch.places]
         return batch
-
-    def _counted(self, counts):
-        """The device knows the lengths, too, so that they need not be sent there."""
-        self.__dict__["counts"] = counts
-        return self
 
     @property
     def total(self):
@@ -102,10 +113,7 @@ class PackedBatch:
     @cached_property
     def starts(self):
         """Where each sequence begins in the packed batch; one entry more than there are sequences."""
-        starts = [0]
-        for length in self.lengths:
-            starts.append(starts[-1] + length)
-        return starts
+        return [0, *accumulate(self.lengths)]
 
     @cached_property
     def runs(self):
@@ -147,18 +155,17 @@ class PackedBatch:
     @cached_property
     def counts(self):
         """`(number of sequences,)` the lengths, on the device."""
-        return torch.tensor(self.lengths, device=self.index.device)
+        return sent(self.lengths, self.index.device)
 
     @cached_property
     def bounds(self):
-        """`(number of sequences + 1,)` where each sequence begins, on the device, and where the last ends."""
-        return torch.nn.functional.pad(self.counts.cumsum(0), (1, 0))
+        """`(number of sequences + 1,)` int32, where each sequence begins, on the device, and where the last ends."""
+        return sent(self.starts, self.index.device, torch.int32)
 
     @cached_property
     def ends(self):
-        """`bounds` of the sequences that are not empty, as int32."""
-        bounds = self.bounds if all(self.lengths) else self.bounds.unique()
-        return bounds.int()
+        """`bounds` of the sequences that are not empty."""
+        return self.bounds if all(self.lengths) else sent(list(dict.fromkeys(self.starts)), self.index.device, torch.int32)
 
     @cached_property
     def gapless(self):
@@ -229,26 +236,30 @@ class PackedBatch:
             `(rows, batch)`: their rows `(K,)`, ascending, and the batch of them alone. The device is asked once, for the `lengths`,
             unless these are known.
         """
-        counts = torch.zeros_like(self.counts).index_add_(0, self.sequence_ids, stays.to(self.counts.dtype))
-        lengths = counts.tolist() if lengths is None else lengths
-        rows = rows_of(stays, sum(lengths))
-        return rows, self._of(rows, lengths, counts, None if weights is None else weights[rows])
+        if lengths is None:
+            lengths = torch.zeros_like(self.counts).index_add_(0, self.sequence_ids, stays.to(self.counts.dtype)).tolist()
+        if not has_kernels(stays.device):
+            rows = rows_of(stays, sum(lengths))
+            return rows, self._of(rows, lengths, weights)
+        bounds = sent([0, *accumulate(lengths)], stays.device, torch.int32)
+        rows, index = kept_rows(stays, self.index, self.bounds, bounds[:-1], sum(lengths))
+        chosen = self._of(rows, lengths, weights, index)
+        chosen.__dict__["bounds"] = bounds
+        return rows, chosen
 
     def one_each(self, rows):
         """The batch of one token of each sequence, those at `rows`."""
-        return self._of(rows, [min(length, 1) for length in self.lengths], self.counts.clamp(max=1))
+        return self._of(rows, [min(length, 1) for length in self.lengths])
 
-    def _of(self, rows, lengths, counts, weights=None):
-        chosen = PackedBatch(
-            self.batch_size, self.seq_len, lengths, self.samples, self.index[rows],
-            weights=weights, masked=self.masked, thinned=True,
+    def _of(self, rows, lengths, weights=None, index=None):
+        return PackedBatch(
+            self.batch_size, self.seq_len, lengths, self.samples, self.index[rows] if index is None else index,
+            weights=None if weights is None else weights[rows], masked=self.masked, thinned=True,
         )  # fmt: skip
-        chosen.__dict__["sequence_ids"] = self.sequence_ids[rows]
-        return chosen._counted(counts)
 
     def with_weights(self, weights, masked=False):
         """The same tokens, with other `weights` `(T,)`."""
-        return replace(self, weights=weights, masked=masked)._counted(self.counts)
+        return replace(self, weights=weights, masked=masked)
 
 
 def rows_of(mask, count):

@@ -15,7 +15,7 @@ from .architectures import find_encoder, get_layers, is_sharded, reads_only_pool
 from .attention import ATTENTION, register_attention
 from .calls import Forward, LayerCall, active
 from .errors import ConfigError, UnsupportedInputError
-from .packing import PackedBatch, check_not_empty, rows_of
+from .packing import PackedBatch, check_not_empty
 from .padded import after_attention, before_attention, on_probabilities
 from .selection import SELECTORS
 from .shapes import shape_map
@@ -314,8 +314,9 @@ class TokenPruner(nn.Module):
         if rows.shape[0] == batch.total:
             return batch, states
         if not forward.pooled_only:
-            gone = rows_of(~keep, batch.total - len(rows))
-            forward.departed.append((number, (batch.index[gone], states.index_select(1, gone))))
+            lengths = [before - after for before, after in zip(batch.lengths, chosen.lengths, strict=True)]
+            gone, left = batch.choose(~keep, lengths=lengths)
+            forward.departed.append((number, (left.index, states.index_select(1, gone))))
         return chosen, states.index_select(1, rows)
 
     @torch.compiler.disable

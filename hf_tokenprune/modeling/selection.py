@@ -12,6 +12,7 @@ from torch.nn.functional import layer_norm
 
 from .cutting import cut_parameter
 from .errors import ConfigError
+from .kernels import has_kernels, ranks
 
 SELECTORS = {}
 
@@ -52,6 +53,8 @@ def relative_rank(importance, batch, protected):
     Returns:
         `(rank, relative)`, both `(T,)`: the integer rank and the relative one. Neither means anything for a protected token.
     """
+    if has_kernels(importance.device):
+        return ranks(importance.detach().float(), protected, batch.bounds, max(batch.lengths))
     rows, width = len(batch.lengths), max(batch.lengths, default=0)
     score = importance.detach().float().masked_fill(protected, float("-inf"))
     droppable = torch.zeros(rows, device=score.device).index_add_(0, batch.sequence_ids, (~protected).float())
@@ -62,8 +65,8 @@ def relative_rank(importance, batch, protected):
         table = score.new_full((rows, width), float("-inf"))
         table[batch.sequence_ids, batch.places] = score
     order = table.argsort(dim=1, descending=True, stable=True)
-    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand_as(order))
-    rank = ranks.view(-1) if even else ranks[batch.sequence_ids, batch.places]
+    ranked = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand_as(order))
+    rank = ranked.view(-1) if even else ranked[batch.sequence_ids, batch.places]
     return rank, (rank + 0.5) / droppable[batch.sequence_ids].clamp(min=1)
 
 

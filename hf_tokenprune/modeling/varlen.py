@@ -1,17 +1,16 @@
 """Attention over a packed batch in one kernel: torch's flash attention for sequences of unequal lengths, on CUDA.
 
-This is the operator behind `torch.nn.attention.varlen`, which that module does not give in full: it has no dropout there.
-
-Two things the kernel was not made for it does with a few more dimensions per head, whose products are added to the scores:
-
-* soft gates: a key that counts `w` times has `log w` added to its scores;
-* the attention that each token receives, without the matrices of attention ever being there, see `received`.
+This is the operator behind `torch.nn.attention.varlen`, which that module does not give in full: it has no dropout there. What each
+token receives `kernels.received` makes of the sums that it gives. Soft gates, which it was not made for, it does with a few more
+dimensions per head, whose products are added to the scores: a key that counts `w` times has `log w` added to its own.
 """
 
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+
+from .kernels import has_kernels, received
 
 HALF = (torch.float16, torch.bfloat16)
 DEVICE = "cuda"
@@ -38,7 +37,7 @@ def takes_varlen(query, batch, *, window=None, causal=False, asking=None, import
     original positions, and it takes the last queries for the askers of a window or causal mask. Importance relative to a mask is
     not made here, and tokens of weight 0 that wait for a gradient have no logarithm.
     """
-    more = MORE if importance or batch.weights is not None else 0
+    more = 0 if batch.weights is None else MORE
     return (
         query.device.type == DEVICE
         and query.dtype in HALF
@@ -47,7 +46,7 @@ def takes_varlen(query, batch, *, window=None, causal=False, asking=None, import
         and query.shape[3] + more <= WIDEST
         and (window is None or batch.gapless)
         and (asking is None or (window is None and not causal))
-        and not (importance and (causal or window is not None or asking is not None))
+        and not (importance and (causal or window is not None or asking is not None or not has_kernels(query.device)))
         and not (batch.weights is not None and batch.masked)
     )
 
@@ -81,42 +80,16 @@ def varlen(
         mine.contiguous(), theirs.contiguous(), contents.contiguous(), *where, dropout, causal and window is None, False,
         scale=scaling, window_size_left=left, window_size_right=0 if causal else left,
     )  # fmt: skip
-    taken = received(queries, keys, sums, batch, scaling, say) if importance else None
-    return context[..., :size], taken
+    return context[..., :size], _received(queries, keys, sums, batch, scaling, say) if importance else None
 
 
 @torch.no_grad()
-def received(queries, keys, sums, batch, scaling, say=None):
-    """The attention that each token receives, mean over heads and queries.
-
-    Query `q` gives key `k` the share `exp(s(q, k) - l(q))`, where `l` is the log of the sum over keys, which the kernel gives. With
-    queries and keys in each other's place, and `l` taken from the scores by a few more dimensions, the log of the sum over queries
-    is the log of what a key receives. No term is above 1, so nothing overflows, however sharp attention is. Soft gates count
-    each query as often as it counts as a key.
-
-    Args:
-        queries, keys: `(T, heads, head_dim)`.
-        sums: `(heads, T)`, the kernel's.
-
-    Returns:
-        `(T,)`.
-    """
-    logs, longest = sums, max(batch.lengths)
-    if batch.weights is not None:
-        logs = logs - batch.weights.float().log()
-    givers, takers = _join(queries, logs.transpose(0, 1) / scaling), _join(keys, -1.0)
-    _, sums = flash(
-        takers, givers, givers, batch.ends, batch.ends, longest, longest, 0.0, False, False,
-        scale=scaling, window_size_left=-1, window_size_right=-1,
-    )  # fmt: skip
-    shares = sums.exp()
-    if say is None:
-        mean = shares.mean(0)
-    else:
-        say = say.repeat_interleave(len(shares) // len(say))
-        mean = (say / say.sum()) @ shares
-    mean = mean if batch.weights is None else mean * batch.weights
-    return mean / batch.lengths_by_token
+def _received(queries, keys, sums, batch, scaling, say):
+    """What each token receives. Soft gates count each query as often as it counts as a key."""
+    logs = sums if batch.weights is None else sums - batch.weights.float().log()
+    say = None if say is None else say.repeat_interleave(len(sums) // len(say))
+    taken = received(queries, keys, logs, batch.bounds, max(batch.lengths), scaling, say)
+    return taken if batch.weights is None else taken * batch.weights
 
 
 def _join(rows, numbers):
