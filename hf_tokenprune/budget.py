@@ -39,7 +39,7 @@ class Budget:
         self.shapes, self.dense_shapes = layer_shapes(model), dense_layer_shapes(model)
         self.sites = sorted(map(int, pruner.sites if sites is None else sites))
         sites = {layer: pruner.site(layer) for layer in self.sites}
-        self.scorers = {layer: s.hidden + s.width for layer, s in sites.items() if getattr(s, "scorer", None) is not None}
+        self.scorers = {layer: site.reads for layer, site in sites.items() if getattr(site, "scorer", None) is not None}
         self.protected = pruner.family.summary_tokens
         self.pooled_head = pruner.pooled_head
         self.all_ask = bool(pruner.family.probabilities)

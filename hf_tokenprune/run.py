@@ -31,7 +31,10 @@ METHODS = {"top": ToP, "structured": StructuredPruning, "infor-coef": InforCoef,
 # What the two methods inside of a Compose may be told; all else is told to the Compose.
 COMPOSED = {
     "weights": (StructuredPruning, ("parts",)),
-    "tokens": (ToP, ("sites", "rank_bins", "rank_topk", "rank_weight", "site_gates")),
+    "tokens": (
+        ToP,
+        ("sites", "rank_bins", "rank_topk", "rank_weight", "importance", "importance_weight", "neighbours", "site_gates"),
+    ),
 }
 WITHOUT_BUDGET = {"infor-coef"}
 

@@ -31,7 +31,8 @@ LEAVES = {
     "sample_text", "subject", "trainer_card",
 }  # fmt: skip
 MAY_IMPORT_LEAVES = {"training", *LEAVES}
-SHIPPED_CODE_MAY_IMPORT = {"torch", "transformers", *sys.stdlib_module_names}
+# triton comes with torch where there is a GPU, and kernels.py does without it elsewhere.
+SHIPPED_CODE_MAY_IMPORT = {"torch", "transformers", "triton", *sys.stdlib_module_names}
 DEPENDENCIES = {*SHIPPED_CODE_MAY_IMPORT, "accelerate", "datasets", "huggingface_hub", "rich", "safetensors", "tqdm"}
 
 

@@ -35,10 +35,10 @@ def learning(**settings):
     return top(importance="learned", rank_weight=0.0, **settings)
 
 
-def learned(seed, hidden=32, width=32):
+def learned(seed, hidden=32, width=32, near=0):
     """A selector whose scorer was trained: attention counts, and the states count for as much."""
     torch.manual_seed(seed + 70)
-    selector = tp.RankBins(len(PATTERN), hidden, width)
+    selector = tp.RankBins(len(PATTERN), hidden, width, near)
     selector.set_kept(PATTERN)
     with torch.no_grad():
         for parameter in selector.scorer.parameters():
@@ -70,6 +70,13 @@ class LearnedReference(Reference):
         score = scorer.received * (len(living) * super()._received(row, living)).log()
         for states, weight in ((self.entered, scorer.entered), (self.context, scorer.context)):
             score = score + layer_norm(states[row], weight.shape) @ weight
+        if scorer.near:
+            told = torch.zeros_like(score)
+            for states, weight in ((self.entered, scorer.entered_near), (self.context, scorer.context_near)):
+                told = told + layer_norm(states[row], weight.shape) @ weight
+            for number, place in enumerate(living):
+                some = living[max(number - scorer.near, 0) : number + scorer.near + 1]
+                score[place] = score[place] + told[some].mean()
         return score
 
 
@@ -78,9 +85,11 @@ def run(model, inputs):
         return model(**inputs)
 
 
+@pytest.mark.parametrize("near", [0, 2])
 @pytest.mark.parametrize(("name", "head"), CASES)
-def test_pruned_equals_masked(name, head):
-    model, inputs = pruned(name, head), make_inputs(name, head, LENGTHS)
+def test_pruned_equals_masked(name, head, near):
+    model = pruned(name, head, lambda layer, **sizes: learned(layer, near=near, **sizes))
+    inputs = make_inputs(name, head, LENGTHS)
     dense = build(name, head, **no_dropout(name))
     dense.config._attn_implementation = "eager"
     reference = LearnedReference(dense, name, {int(layer): site for layer, site in model.token_pruner.sites.items()})
@@ -120,15 +129,19 @@ def free(model):
     return model
 
 
-def test_it_is_saved_and_loaded(tmp_path):
-    model, inputs = pruned("bert", "ForQuestionAnswering"), make_inputs("bert", "ForQuestionAnswering", LENGTHS)
+@pytest.mark.parametrize("near", [0, 3])
+def test_it_is_saved_and_loaded(tmp_path, near):
+    model = pruned("bert", "ForQuestionAnswering", lambda layer, **sizes: learned(layer, near=near, **sizes))
+    inputs = make_inputs("bert", "ForQuestionAnswering", LENGTHS)
     expected = outputs_of(model, inputs)
     model.save_pretrained(tmp_path)
     found = outputs_of(tp.from_pretrained(tmp_path), inputs)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("sizes", [(32, None), (None, 32), (0, 32), (32, 2.0), (True, 32), ("32", 32)])
+@pytest.mark.parametrize(
+    "sizes", [(32, None), (None, 32), (0, 32), (32, 2.0), (True, 32), ("32", 32), (None, None, 3), (32, 32, -1), (32, 32, 2.0)]
+)
 def test_sizes_that_are_none_are_refused(sizes):
     with pytest.raises(tp.errors.ConfigError, match="RankBins"):
         tp.RankBins(4, *sizes)
@@ -270,6 +283,9 @@ def test_a_model_that_has_it_can_be_trained_on_and_opened_for_evaluation(tmp_pat
         ({"importance": "learned", "rank_weight": 0.1}, "rank_weight"),
         ({"importance_weight": -1}, "importance_weight"),
         ({"importance": "attention", "importance_weight": 2.0}, "importance_weight"),
+        ({"importance": "attention", "neighbours": 2}, "neighbours"),
+        ({"neighbours": -1}, "neighbours"),
+        ({"neighbours": 2.0}, "neighbours"),
         ({"site_gates": 0.0}, "site_gates"),
     ],
 )
@@ -294,6 +310,8 @@ def test_where_it_is_not_there_it_is_refused():
         tp.Compose(tp.StructuredPruning(), tp.ToP(importance="learned"), target_macs=0.4, teacher=None)
     with pytest.raises(tp.errors.ConfigError, match="learned"):
         tp.TokenPruneCallback(learning()).attach(build("mpnet", HEAD))
+    with pytest.raises(tp.errors.ConfigError, match="neighbours"):
+        tp.TokenPruneCallback(tp.ToP(target_macs=0.5, neighbours=2)).attach(build("mpnet", HEAD))
 
 
 @pytest.mark.parametrize(

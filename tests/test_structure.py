@@ -132,16 +132,16 @@ def test_cut_equals_gated_whatever_is_off(name, head, off):
 
 
 @pytest.mark.parametrize("off", [(), MIXED], ids=["no block", "mixed"])
-@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "qwen3"])
-def test_cut_equals_gated_where_importance_is_learned(name, off):
+@pytest.mark.parametrize(("name", "near"), [("bert", 0), ("bert", 2), ("distilbert", 0), ("modernbert", 2), ("qwen3", 0)])
+def test_cut_equals_gated_where_importance_is_learned(name, near, off):
     """What a scorer reads is cut along, and until then its norms are over what is left."""
     head = "ForTokenClassification"
     model, inputs = tp.pack(uneven(name, head)), make_inputs(name, head)
-    sites = {layer: tp.RankBins(8, 32, 32) for layer in range(4)}
+    sites = {layer: tp.RankBins(8, 32, 32, near) for layer in range(4)}
     for site in sites.values():
         site.set_kept([1] * 6 + [0] * 2)
-        torch.nn.init.normal_(site.scorer.entered, std=0.3)
-        torch.nn.init.normal_(site.scorer.context, std=0.3)
+        for parameter in list(site.scorer.parameters())[1:]:
+            torch.nn.init.normal_(parameter, std=0.3)
     tp.attach(model, sites)
     gates = put_gates(model, name)
     gates.hard = hard = random_gates(gates.layout, off)
@@ -155,7 +155,8 @@ def test_cut_equals_gated_where_importance_is_learned(name, off):
     assert_close(outputs_of(model, inputs), gated, atol=2e-5)
     assert sum(traced[-1]) < sum(model.token_pruner.trace[0].arrived)
     left = list(model.token_pruner.sites.values())
-    assert [(site.hidden, site.width) for site in left] == [tuple(map(len, site.scorer.parameters()))[1:] for site in left]
+    for site in left:
+        assert [*map(len, site.scorer.parameters())][1:] == [site.hidden, site.width] * (2 if near else 1)
     assert {site.width for site in left} != {32}
 
 

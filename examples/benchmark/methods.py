@@ -33,6 +33,10 @@ def top_learned(budget, teacher):
     return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="learned")
 
 
+def top_near(budget, teacher):
+    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="learned", neighbours=8)
+
+
 def both(budget, teacher):
     return tp.Compose(tp.StructuredPruning(), tp.ToP(), target_macs=budget, teacher=teacher, schedule=PHASES)
 
@@ -57,6 +61,7 @@ METHODS = {
     "topk-trained": Method(),
     "top": Method(top),
     "top-learned": Method(top_learned),
+    "top-near": Method(top_near),
     "structured": Method(structured),
     "structured+top": Method(both),
     "infor-coef": Method(infor_coef),

@@ -119,7 +119,10 @@ def run(task, splits, tokenizer, args, command, method, budget, seed):
     encoded = task.encode(tokenizer, splits[part])
     meter = tp.cost.CostMeter(model, max_length=task.max_length)
     scores = task.score(encoded, predict(model, encoded, tokenizer, meter=meter, name=part))
-    cost = meter.cost
+    cost, held_out = meter.cost, scores
+    if part != "held_out":  # by which settings are chosen
+        encoded = task.encode(tokenizer, splits["held_out"])
+        held_out = task.score(encoded, predict(model, encoded, tokenizer, name="held-out"))
     return {
         "task": task.name,
         "method": method,
@@ -131,6 +134,7 @@ def run(task, splits, tokenizer, args, command, method, budget, seed):
         "limited": {"train": task.limited("train", args.train_limit), "report": task.limited("eval", args.eval_limit)},
         "metric": task.metric,
         "score": scores[task.metric],
+        "held_out": held_out[task.metric],
         "scores": scores,
         "reduction": {"true_length": cost.true_length_reduction, "padded": cost.padded_reduction},
         "max_length": task.max_length,
@@ -144,13 +148,21 @@ def run(task, splits, tokenizer, args, command, method, budget, seed):
 
 
 def measure(task, splits, args, model, tokenizer):
-    """Milliseconds per text, from `bench`: of the dense model with padding and packed, and of the model itself."""
+    """Milliseconds per text on the CPU, from `bench`: of the dense model with padding and packed, and of the model itself."""
     count = task.bench_texts if args.bench_texts is None else args.bench_texts
     if not count:
         return None
     texts = task.texts(splits["report"][:count])
-    found = bench(
-        model, texts, tokenizer=tokenizer, batch_sizes=(1, 32), max_length=task.max_length, repeats=args.bench_repeats
+    found = (
+        bench(  # always on the CPU: on a GPU, which has done a model as small as this before the next is said, it tells nothing
+            model,
+            texts,
+            device="cpu",
+            tokenizer=tokenizer,
+            batch_sizes=(1, 32),
+            max_length=task.max_length,
+            repeats=args.bench_repeats,
+        )
     )
     ms = {}
     for result in found["results"]:

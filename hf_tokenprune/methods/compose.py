@@ -18,8 +18,8 @@ class Compose(GatedMethod):
 
     Args:
         weights: a `StructuredPruning`; only its `parts` count.
-        tokens: a `ToP`; only its `sites`, `rank_bins`, `rank_topk`, `rank_weight`, `importance`, `importance_weight` and
-            `site_gates` count.
+        tokens: a `ToP`; only its `sites`, `rank_bins`, `rank_topk`, `rank_weight`, `importance`, `importance_weight`,
+            `neighbours` and `site_gates` count.
         target_macs, teacher, distill_weight, layer_weight, constraint, gate_lr, schedule: of the run, as for `ToP`.
 
     Raises:

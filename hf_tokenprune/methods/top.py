@@ -58,6 +58,7 @@ class ToP(GatedMethod):
             learned, where there is a teacher to learn it from, no `rank_weight`, and the family's attention is not its own affair; or
             what it is already in a model that ToP has pruned before.
         importance_weight: weight of the loss that teaches a learned importance.
+        neighbours: how many tokens to either side a learned importance reads, besides the one it is of.
         site_gates: is there a gate per site that says whether it prunes at all (the paper's)? While it is half open, the model in
             training keeps more tokens than the one it becomes. None = only where importance is the attention received, where it
             makes no difference that we could measure.
@@ -84,6 +85,7 @@ class ToP(GatedMethod):
     rank_weight: float = 0.0
     importance: str | None = None
     importance_weight: float = 1.0
+    neighbours: int = 0
     site_gates: bool | None = None
 
     def __post_init__(self):
@@ -100,8 +102,11 @@ class ToP(GatedMethod):
             self.refuse("site_gates", "True, False or None")
         if self.importance not in ("attention", "learned", None):
             self.refuse("importance", '"attention", "learned" or None')
-        if self.importance == "attention" and self.importance_weight != type(self).importance_weight:
-            self.refuse("importance_weight", "left out where importance is attention received")
+        if type(self.neighbours) is not int or not 0 <= self.neighbours <= 10_000:
+            self.refuse("neighbours", "a whole number from 0 to 10000")
+        for name in ("importance_weight", "neighbours"):
+            if self.importance == "attention" and getattr(self, name) != getattr(type(self), name):
+                self.refuse(name, "left out where importance is attention received")
         if self.importance == "learned" and self.teacher is None:
             self.refuse("importance", "it is learned from a teacher, and there is none")
         if self.importance == "learned" and self.rank_weight:
@@ -176,10 +181,12 @@ class ToP(GatedMethod):
     def _reads(self, model, probe, site):
         """The sizes of what the scorer at a site reads, if importance is learned."""
         if not self.learns(model):
+            if self.neighbours:
+                self.refuse("neighbours", "0 where importance is attention received, as it is here")
             return {}
         if probe.family.probabilities:
             raise ConfigError(f'ToP(importance="learned") is not there for {type(model).__name__}: use "attention".')
-        return {"hidden": probe.hidden_size, "width": layer_shapes(model)[site].attention // 2}
+        return {"hidden": probe.hidden_size, "width": layer_shapes(model)[site].attention // 2, "near": self.neighbours}
 
     def saliency(self, model):
         """What teaches the scorers, if there are any."""

@@ -8,7 +8,7 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, pad
 
 from .cutting import cut_parameter
 from .errors import ConfigError
@@ -131,22 +131,28 @@ class Standardize(nn.Module):
 
 
 class Scorer(nn.Module):
-    """Importance that is learned: the logarithm of the attention received, and what is read from a token's states.
+    """Importance that is learned: the logarithm of the attention received, and what is read from a token's states, and perhaps from
+    those of its neighbours: what an answer is made of lies together.
 
     Until it is trained it orders tokens as the attention received does.
 
     Args:
         hidden: the model's hidden size.
         width: heads x head size.
+        near: how many neighbours to either side are read, 0 = none.
     """
 
     GAIN = 10.0  # it has to learn within an epoch, at the learning rate of the weights
 
-    def __init__(self, hidden, width):
+    def __init__(self, hidden, width, near=0):
         super().__init__()
+        self.near = near
         self.received = nn.Parameter(torch.full((1,), 1 / self.GAIN))
         self.entered = nn.Parameter(torch.zeros(hidden))
         self.context = nn.Parameter(torch.zeros(width))
+        if near:
+            self.entered_near = nn.Parameter(torch.zeros(hidden))
+            self.context_near = nn.Parameter(torch.zeros(width))
         self.norms = nn.ModuleDict({"entered": Standardize(), "context": Standardize()})
 
     def forward(self, received, batch, entered, context):
@@ -159,9 +165,32 @@ class Scorer(nn.Module):
             context: `(T, width)` what its attention has brought together for them.
         """
         score = self.received.float() * (received.float() * batch.lengths_by_token).clamp(min=1e-6).log()
-        for name, states, weight in (("entered", entered, self.entered), ("context", context, self.context)):
-            score = score + (self.norms[name](states) * weight.float()).sum(-1)
+        entered, context = self.norms["entered"](entered), self.norms["context"](context)
+        score = score + (entered * self.entered.float()).sum(-1) + (context * self.context.float()).sum(-1)
+        if self.near:
+            told = (entered * self.entered_near.float()).sum(-1) + (context * self.context_near.float()).sum(-1)
+            score = score + mean_around(told, batch, self.near)
         return self.GAIN * score
+
+    def readers(self, name):
+        """The parameters that read "entered" or "context"."""
+        return [parameter for key, parameter in self.named_parameters() if key.partition("_")[0] == name]
+
+
+def mean_around(values, batch, reach):
+    """`(T,)` for each token, the mean of `values` `(T,)` over the tokens of its sequence that are at most `reach` places away.
+
+    Example:
+        >>> from .packing import PackedBatch
+        >>> batch = PackedBatch.from_mask(None, batch_size=2, seq_len=3, device="cpu")
+        >>> mean_around(torch.tensor([1.0, 2.0, 3.0, 10.0, 10.0, 40.0]), batch, 1)
+        tensor([ 1.5000,  2.0000,  2.5000, 10.0000, 20.0000, 25.0000])
+    """
+    place, start = torch.arange(batch.total, device=values.device), batch.bounds[batch.sequence_ids]
+    low, high = (place - reach).maximum(start), (place + reach + 1).minimum(start + batch.lengths_by_token)
+    # In numbers of double width, so that it matters to nobody which other sequences there are.
+    sums = pad(values.double().cumsum(0), (1, 0))
+    return ((sums[high] - sums[low]) / (high - low)).float()
 
 
 @register_selector
@@ -174,6 +203,7 @@ class RankBins(Selector):
         bins: number of bins; bin 0 holds the most important tokens of every sequence.
         hidden, width: the model's hidden size, and heads x head size, for an importance that is learned (see `Scorer`); None =
             importance is the attention received.
+        near: how many neighbours to either side a learned importance reads, too.
 
     Example:
         >>> selector = RankBins(bins=4)
@@ -182,7 +212,7 @@ class RankBins(Selector):
 
     kind = "rank_bins"
 
-    def __init__(self, bins=50, hidden=None, width=None):
+    def __init__(self, bins=50, hidden=None, width=None, near=0):
         super().__init__()
         if not isinstance(bins, int) or isinstance(bins, bool) or not 1 <= bins <= 10_000:
             raise ConfigError(f"RankBins(bins={bins!r}): bins is a whole number from 1 to 10000.")
@@ -191,8 +221,10 @@ class RankBins(Selector):
                 raise ConfigError(
                     f"RankBins({name}={value!r}): {name} is a whole number from 1 to a million, or both are None."
                 )
-        self.bins, self.hidden, self.width = bins, hidden, width
-        self.scorer = None if hidden is None else Scorer(hidden, width).requires_grad_(False)  # until somebody teaches it
+        if type(near) is not int or not 0 <= near <= 10_000 or (near and hidden is None):
+            raise ConfigError(f"RankBins(near={near!r}): near is a whole number from 0 to 10000, 0 without hidden and width.")
+        self.bins, self.hidden, self.width, self.near = bins, hidden, width, near
+        self.scorer = None if hidden is None else Scorer(hidden, width, near).requires_grad_(False)  # until somebody teaches it
         self.register_buffer("kept", torch.ones(bins, dtype=torch.int8))
         self.on_host, self.known = OnHost(), (None, {})
 
@@ -237,22 +269,30 @@ class RankBins(Selector):
 
     def settings(self):
         learned = {} if self.scorer is None else {"hidden": self.hidden, "width": self.width}
-        return {"bins": self.bins, **learned}
+        near = {"near": self.near} if self.near else {}
+        return {"bins": self.bins, **learned, **near}
+
+    @property
+    def reads(self):
+        """MACs of the scorer per token."""
+        return 0 if self.scorer is None else (self.hidden + self.width) * (2 if self.near else 1)
 
     def macs(self, tokens):
-        return 0 if self.scorer is None or not self.needs_importance else tokens * (self.hidden + self.width)
+        return tokens * self.reads if self.needs_importance else 0
 
     def reset(self):
         self.kept.fill_(-1)
 
     def cut_hidden(self, index, on_cut=None):
         if self.scorer is not None:
-            cut_parameter(self.scorer.entered, 0, index, on_cut)
+            for parameter in self.scorer.readers("entered"):
+                cut_parameter(parameter, 0, index, on_cut)
             self.hidden = len(index)
 
     def cut_context(self, index, on_cut=None):
         if self.scorer is not None:
-            cut_parameter(self.scorer.context, 0, index, on_cut)
+            for parameter in self.scorer.readers("context"):
+                cut_parameter(parameter, 0, index, on_cut)
             self.width = len(index)
 
 
