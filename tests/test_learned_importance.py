@@ -4,6 +4,7 @@ import copy
 import gc
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from training_helpers import Rows, Texts, no_dropout, spent_share, stack, top, t
 from transformers import TrainerCallback
 
 import hf_tokenprune as tp
+from hf_tokenprune.methods import saliency
 from hf_tokenprune.methods.saliency import SaliencyLoss, _said
+from hf_tokenprune.surgery import operate
 from hf_tokenprune.training import _group_of
 
 HEAD = "ForSequenceClassification"
@@ -359,3 +362,21 @@ def test_the_rate_is_that_of_the_group_with_the_gates():
     gates, scorers = list(pruner.training_state.parameters()), list(pruner.sites.parameters())
     optimizer = torch.optim.AdamW([{"params": scorers, "lr": 1e-2}, {"params": gates, "lr": 1e-4}])
     assert _group_of(optimizer, gates, [*gates, *scorers])["lr"] == 1e-4
+
+
+def test_after_surgery_a_site_is_taught_by_the_layer_that_it_was(monkeypatch):
+    head = "ForTokenClassification"
+    model, inputs = pruned("bert", head), make_inputs("bert", head, LENGTHS)
+    loss = SaliencyLoss(model, 1.0)
+    heads, units = ([range(count), [], range(count), range(count)] for count in (4, 48))
+    operate(model, heads=heads, units=units)
+    teacher = tp.pack(build("bert", head))
+    for one in (model, teacher):
+        one.token_pruner.remembers = True
+        run(one, inputs)
+    calls = teacher.token_pruner.last_forward.calls
+    loss.gradients = [torch.full_like(call.entered, number) for number, call in enumerate(calls)]
+    seen = []
+    monkeypatch.setattr(saliency, "listwise", lambda scores, salient, mask: seen.append(salient[mask]) or scores.sum())
+    loss.losses(SimpleNamespace(model=model, pruner=model.token_pruner, teacher=teacher))
+    assert [salient.unique().round().tolist() for salient in seen] == [[round(number * 32**0.5)] for number in (0, 2, 3)]

@@ -5,7 +5,6 @@ from torch.nn.functional import normalize
 
 from ..losses import listwise
 from ..modeling.architectures import find_encoder, get_layers
-from ..modeling.cutting import layers_left
 from .base import Helper, is_separate
 
 
@@ -19,7 +18,7 @@ class SaliencyLoss(Helper):
 
     def __init__(self, model, weight):
         self.weight, self.separate = weight, is_separate(model)
-        self.layers = layers_left(find_encoder(model)[1])
+        self.layers = list(get_layers(*find_encoder(model)))
         self.gradients = None
 
     def prepare(self, objective):
@@ -49,12 +48,13 @@ class SaliencyLoss(Helper):
             return {}
         gradients, self.gradients = self.gradients, None
         theirs = objective.teacher.token_pruner.last_forward.calls
-        losses, left = [], layers_left(find_encoder(objective.model)[1])
+        losses, left = [], get_layers(*find_encoder(objective.model))
         for site in map(int, objective.pruner.sites):
             call = objective.pruner.last_forward.calls[site]
             if call.importance is None:  # while settling, at a site that keeps every token
                 continue
-            layer = self.layers.index(left[site]) * len(theirs) // len(self.layers)
+            was = site if len(left) == len(self.layers) else self.layers.index(left[site])  # before layers were cut out
+            layer = was * len(theirs) // len(self.layers)
             salient = theirs[layer].batch.unpack(gradients[layer].float()).norm(dim=-1)
             scores, mask = padded_importance(call, call.protected)
             losses.append(listwise(scores, salient, mask))

@@ -43,7 +43,7 @@ def cut(model, *, heads, units, hidden=None, on_cut=None):
             raise ConfigError(f"{name} names what this model does not have: it has {most}.")
     dims_of = {} if hidden is None else hidden_dims(model)
     if not hasattr(encoder, "_cut"):
-        encoder._cut = {"layers": layers_left(encoder), "dense": {}, "restore": {}}
+        encoder._cut = {"layers": list(range(len(layers))), "dense": {}, "restore": {}}
 
     def select(parameter, dim, index):
         if len(index) < parameter.shape[dim]:
@@ -70,12 +70,6 @@ def cut(model, *, heads, units, hidden=None, on_cut=None):
 def _spread(chosen, size, times, width=1):
     """Where the chosen ones of `size` things, each `width` entries wide, lie in a dimension that holds all of them `times` times."""
     return [(t * size + i) * width + w for t in range(times) for i in chosen for w in range(width)]
-
-
-def layers_left(encoder):
-    """The numbers that an encoder's layers had before any were removed."""
-    history = getattr(encoder, "_cut", None)
-    return list(range(len(get_layers(find_encoder(encoder)[0], encoder)))) if history is None else list(history["layers"])
 
 
 def context_left(model, number, chosen):

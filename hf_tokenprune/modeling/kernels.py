@@ -83,7 +83,8 @@ def kept_rows(stays, index, bounds, left, total):
         bounds: as for `received`.
         left: int32, where the first of each sequence's rows that stay is to be; there are `total`.
     """
-    chosen = torch.zeros(2, total, dtype=torch.int64, device=index.device)
+    even = total + total % 2  # so that both rows begin where Triton likes it
+    chosen = torch.zeros(2, even, dtype=torch.int64, device=index.device)[:, :total]
     with _on(index.device):
         _kept_rows[(len(left),)](
             stays.view(torch.uint8), index.contiguous(), bounds, left, chosen[0], chosen[1], total, block=512
@@ -93,7 +94,7 @@ def kept_rows(stays, index, bounds, left, total):
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["s_head"])
     def _received(
         queries, keys, sums, say, bounds, out, scaling, q_row, q_head, k_row, k_head, s_head,
         heads: tl.constexpr, said: tl.constexpr, size: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
@@ -149,7 +150,7 @@ if triton is not None:
             share = tl.div_rn(before.to(tl.float32) + 0.5, tl.zeros((block,), tl.float32) + among)
             tl.store(relative + mine, share, mask=mine < end)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["total"])
     def _kept_rows(stays, index, bounds, left, chosen, chosen_index, total, block: tl.constexpr):
         start, end = tl.load(bounds + tl.program_id(0)), tl.load(bounds + tl.program_id(0) + 1)
         place = tl.load(left + tl.program_id(0))
