@@ -214,6 +214,19 @@ def test_the_kernel_is_left_alone_where_it_would_be_wrong(kernel):
     assert len(kernel) == 1
 
 
+def test_where_triton_cannot_launch_we_do_without(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "triton", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    def no_compiler(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels, "kept_rows", no_compiler)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: torch.zeros(2, dtype=torch.int32))
+    assert not kernels.has_kernels.__wrapped__(torch.device("cuda", 0))
+    assert "Failed to find C compiler" in caplog.text
+
+
 def test_rows_are_found_without_asking_how_many():
     torch.manual_seed(0)
     for share in (0.0, 0.3, 1.0):

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import cache
 
 import torch
+from transformers.utils import logging
 
 try:
     import triton
@@ -15,12 +16,21 @@ try:
 except ImportError:
     triton = None
 
+logger = logging.get_logger(__name__)
+
 
 @cache
 def has_kernels(device):
-    """Do these kernels run on this device?"""
-    on_cuda = device.type == "cuda" and torch.version.hip is None
-    return on_cuda and triton is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Do these kernels run on this device? Triton may be there and miss something all the same, a C compiler for instance."""
+    if device.type != "cuda" or torch.version.hip or triton is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
+        kept_rows(bounds[1:] > 0, bounds[:1].long(), bounds, bounds[:1], 1)
+    except Exception as error:
+        logger.warning(f"Triton's kernels do not run here, so that dropping tokens takes longer: {error}")
+        return False
+    return True
 
 
 def _on(device):
