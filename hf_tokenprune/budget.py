@@ -38,7 +38,7 @@ class Budget:
         pruner = model.token_pruner if pruner is None else pruner
         self.shapes, self.dense_shapes = layer_shapes(model), dense_layer_shapes(model)
         self.sites = sorted(map(int, pruner.sites if sites is None else sites))
-        sites = {layer: pruner.site(layer) for layer in self.sites}
+        sites = {layer: pruner.site(layer) for layer in self.sites}  # at the size they have now, also where weights are gated
         self.scorers = {layer: site.reads for layer, site in sites.items() if getattr(site, "scorer", None) is not None}
         self.protected = pruner.family.summary_tokens
         self.pooled_head = pruner.pooled_head

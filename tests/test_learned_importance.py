@@ -278,6 +278,25 @@ def test_a_model_that_has_it_can_be_trained_on_and_opened_for_evaluation(tmp_pat
     assert all(torch.equal(found[name], value) for name, value in before.items())
 
 
+def test_a_text_that_is_not_finite_matters_to_no_other():
+    model = pruned("bert", "Model", lambda layer, **sizes: learned(layer, near=2, **sizes))
+    inputs = {"input_ids": torch.full((2, 12), 9), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    inputs["input_ids"][0, 3] = 5
+    good = run(model, {key: value[1:] for key, value in inputs.items()}).last_hidden_state
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[5] = float("nan")
+    torch.testing.assert_close(run(model, inputs).last_hidden_state[1:], good, rtol=0, atol=1e-6)
+
+
+def test_a_model_with_neighbours_keeps_its_selection():
+    model = build("bert", HEAD)
+    tp.TokenPruneCallback(tp.ToP(target_macs=0.6, neighbours=3)).attach(model)
+    for site in model.token_pruner.sites.values():
+        site.set_kept([1] * 20 + [0] * 30)
+    tp.TokenPruneCallback(tp.ToP(target_macs=0.6)).attach(model)
+    assert [(site.near, int(site.kept.sum())) for site in model.token_pruner.sites.values()] == [(3, 20)] * (DEPTH - 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -311,6 +330,10 @@ def test_by_default_it_is_learned_where_it_can_be():
 def test_where_it_is_not_there_it_is_refused():
     with pytest.raises(tp.errors.ConfigError, match="learned"):
         tp.Compose(tp.StructuredPruning(), tp.ToP(importance="learned"), target_macs=0.4, teacher=None)
+    with pytest.raises(tp.errors.ConfigError, match=r"neighbours.*from a teacher"):
+        tp.Compose(tp.StructuredPruning(), tp.ToP(neighbours=3), target_macs=0.4, teacher=None)
+    with pytest.raises(tp.errors.ConfigError, match="importance_weight"):
+        tp.ToP(target_macs=0.5, rank_weight=0.1, importance_weight=2.0).attach(build("bert", HEAD))
     with pytest.raises(tp.errors.ConfigError, match="learned"):
         tp.TokenPruneCallback(learning()).attach(build("mpnet", HEAD))
     with pytest.raises(tp.errors.ConfigError, match="neighbours"):

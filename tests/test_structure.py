@@ -131,6 +131,15 @@ def test_cut_equals_gated_whatever_is_off(name, head, off):
     assert_cut_equals_gated(name, head, OFF[off])
 
 
+def test_a_refusal_leaves_the_model_as_it_was():
+    model, inputs = tp.pack(build("bert", "Model")), make_inputs("bert", "Model")
+    expected = outputs_of(model, inputs)
+    with pytest.raises((IndexError, ValueError)):
+        resize(model, heads=[range(4)] * 9, units=[range(48)] * 9)
+    assert model.token_pruner.handles
+    assert_close(outputs_of(model, inputs), expected)
+
+
 @pytest.mark.parametrize("off", [(), MIXED], ids=["no block", "mixed"])
 @pytest.mark.parametrize(("name", "near"), [("bert", 0), ("bert", 2), ("distilbert", 0), ("modernbert", 2), ("qwen3", 0)])
 def test_cut_equals_gated_where_importance_is_learned(name, near, off):

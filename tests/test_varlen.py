@@ -221,8 +221,7 @@ def test_where_triton_cannot_launch_we_do_without(monkeypatch, caplog):
     def no_compiler(*_):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(kernels, "kept_rows", no_compiler)
-    monkeypatch.setattr(torch, "tensor", lambda *_, **__: torch.zeros(2, dtype=torch.int32))
+    monkeypatch.setattr(kernels, "_try", no_compiler)
     assert not kernels.has_kernels.__wrapped__(torch.device("cuda", 0))
     assert "Failed to find C compiler" in caplog.text
 
@@ -281,6 +280,10 @@ def test_ranks_and_rows_are_those_of_the_slow_way(monkeypatch, lengths):
     batch = PackedBatch.from_mask(mask, batch_size=len(lengths), seq_len=max(lengths), device="cuda")
     importance = torch.randn(batch.total, device="cuda")
     importance[torch.rand(batch.total) < 0.3] = 0.25
+    strided = torch.stack([mask, ~mask], -1).cuda()[..., 0]
+    assert torch.equal(
+        batch.index, PackedBatch.from_mask(strided, batch_size=len(lengths), seq_len=max(lengths), device="cuda").index
+    )
     protected = torch.rand(batch.total, device="cuda") < 0.1
     by_kernel, rows, chosen = selection.relative_rank(importance, batch, protected), *batch.choose(importance > 0.25)
     monkeypatch.setattr(selection, "has_kernels", lambda _: False)

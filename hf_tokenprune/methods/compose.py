@@ -48,8 +48,9 @@ class Compose(GatedMethod):
             if given:
                 raise ConfigError(f"{kind.__name__}({given[0]}=...) inside of Compose has no effect: give it to Compose.")
         if self.teacher is None:
-            if self.tokens.importance == "learned":
-                raise ConfigError('Compose(tokens=ToP(importance="learned"), teacher=None): it is learned from a teacher.')
+            for name in ("importance", "importance_weight", "neighbours"):
+                if getattr(self.tokens, name) not in (getattr(ToP, name), "attention"):
+                    raise ConfigError(f"ToP({name}=...) inside of Compose(teacher=None): importance is learned from a teacher.")
             object.__setattr__(self, "tokens", replace(self.tokens, importance="attention"))
 
     def settings(self):

@@ -58,7 +58,8 @@ class ToP(GatedMethod):
             learned, where there is a teacher to learn it from, no `rank_weight`, and the family's attention is not its own affair; or
             what it is already in a model that ToP has pruned before.
         importance_weight: weight of the loss that teaches a learned importance.
-        neighbours: how many tokens to either side a learned importance reads, besides the one it is of.
+        neighbours: how many tokens to either side a learned importance reads, besides the one it is of. None = none, or as many as
+            in a model that ToP has pruned before.
         site_gates: is there a gate per site that says whether it prunes at all (the paper's)? While it is half open, the model in
             training keeps more tokens than the one it becomes. None = only where importance is the attention received, where it
             makes no difference that we could measure.
@@ -85,7 +86,7 @@ class ToP(GatedMethod):
     rank_weight: float = 0.0
     importance: str | None = None
     importance_weight: float = 1.0
-    neighbours: int = 0
+    neighbours: int | None = None
     site_gates: bool | None = None
 
     def __post_init__(self):
@@ -102,8 +103,8 @@ class ToP(GatedMethod):
             self.refuse("site_gates", "True, False or None")
         if self.importance not in ("attention", "learned", None):
             self.refuse("importance", '"attention", "learned" or None')
-        if type(self.neighbours) is not int or not 0 <= self.neighbours <= 10_000:
-            self.refuse("neighbours", "a whole number from 0 to 10000")
+        if self.neighbours is not None and (type(self.neighbours) is not int or not 0 <= self.neighbours <= 10_000):
+            self.refuse("neighbours", "a whole number from 0 to 10000, or None")
         for name in ("importance_weight", "neighbours"):
             if self.importance == "attention" and getattr(self, name) != getattr(type(self), name):
                 self.refuse(name, "left out where importance is attention received")
@@ -140,10 +141,9 @@ class ToP(GatedMethod):
         """Is importance learned, in this model?"""
         if self.importance is not None:
             return self.importance == "learned"
-        if is_token_pruned(model):
-            for site in model.token_pruner.sites.values():
-                if isinstance(site, RankBins):  # it goes on as it was pruned
-                    return site.scorer is not None
+        site = _pruned_before(model)
+        if site is not None:  # it goes on as it was pruned
+            return site.scorer is not None
         return self.teacher is not None and not self.rank_weight and not find_encoder(model)[0].probabilities
 
     def bins(self, model, sites, in_order):
@@ -181,12 +181,19 @@ class ToP(GatedMethod):
     def _reads(self, model, probe, site):
         """The sizes of what the scorer at a site reads, if importance is learned."""
         if not self.learns(model):
-            if self.neighbours:
-                self.refuse("neighbours", "0 where importance is attention received, as it is here")
+            for name in ("importance_weight", "neighbours"):
+                if getattr(self, name) != getattr(type(self), name):
+                    self.refuse(name, "left out where importance is attention received, as it is here")
             return {}
         if probe.family.probabilities:
             raise ConfigError(f'ToP(importance="learned") is not there for {type(model).__name__}: use "attention".')
-        return {"hidden": probe.hidden_size, "width": layer_shapes(model)[site].attention // 2, "near": self.neighbours}
+        return {"hidden": probe.hidden_size, "width": layer_shapes(model)[site].attention // 2, "near": self._near(model)}
+
+    def _near(self, model):
+        if self.neighbours is not None:
+            return self.neighbours
+        site = _pruned_before(model)
+        return 0 if site is None else site.near
 
     def saliency(self, model):
         """What teaches the scorers, if there are any."""
@@ -198,6 +205,12 @@ class ToP(GatedMethod):
     def ranking(self, model, sites):
         """The ranking loss, if it has any weight."""
         return [RankingLoss(model.token_pruner, sites, self.rank_weight, self.rank_topk)] if self.rank_weight > 0 else []
+
+
+def _pruned_before(model):
+    """One of the sites with which ToP has pruned a model before, or None."""
+    sites = model.token_pruner.sites.values() if is_token_pruned(model) else ()
+    return next((site for site in sites if isinstance(site, RankBins)), None)
 
 
 def _take_over(old, selectors):

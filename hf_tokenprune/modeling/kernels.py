@@ -25,12 +25,30 @@ def has_kernels(device):
     if device.type != "cuda" or torch.version.hip or triton is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
-        kept_rows(bounds[1:] > 0, bounds[:1].long(), bounds, bounds[:1], 1)
+        _try(device)
+    except torch.OutOfMemoryError:  # another time there may be more
+        raise
     except Exception as error:
-        logger.warning(f"Triton's kernels do not run here, so that dropping tokens takes longer: {error}")
+        logger.warning(
+            f"Triton's kernels do not run here, so that dropping tokens takes longer and, with long texts, much memory: {error}"
+        )
         return False
     return True
+
+
+def _try(device):
+    """Run each kernel on one token."""
+    bounds, head = torch.tensor([0, 1], dtype=torch.int32, device=device), torch.zeros(1, 1, 16, device=device)
+    received(head.half(), head.half(), head[0, :, :1], bounds, 1, 1.0)
+    ranks(head[0, 0, :1], bounds[1:] > 0, bounds, 1)
+    kept_rows(bounds[1:] > 0, bounds[:1].long(), bounds, bounds[:1], bounds[1:], 1)
+
+
+def _at_hand(*tensors):
+    """Tensors as the kernels read them: of one device, without gaps."""
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise RuntimeError(f"Tensors of a packed batch are on several devices: {', '.join(str(t.device) for t in tensors)}.")
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def _on(device):
@@ -53,6 +71,7 @@ def received(queries, keys, sums, bounds, longest, scaling, say=None):
         `(T,)` float32.
     """
     queries, keys = (x if x.stride(2) == 1 else x.contiguous() for x in (queries, keys))
+    sums, bounds = _at_hand(sums, bounds)
     total, heads, size = queries.shape
     out = torch.empty(total, dtype=torch.float32, device=queries.device)
     wide = max(triton.next_power_of_2(size), 16)
@@ -74,31 +93,32 @@ def ranks(importance, protected, bounds, longest):
         protected: `(T,)` bool.
         bounds, longest: as for `received`.
     """
+    importance, protected, bounds = _at_hand(importance, protected, bounds)
     rank = torch.empty(importance.shape, dtype=torch.int64, device=importance.device)
     relative = torch.empty(importance.shape, dtype=torch.float32, device=importance.device)
     block = 64
     with _on(importance.device):
         _ranks[len(bounds) - 1, triton.cdiv(longest, block)](
-            importance.contiguous(), protected.view(torch.uint8), bounds, rank, relative, block=block
+            importance, protected.view(torch.uint8), bounds, rank, relative, block=block
         )
     return rank, relative
 
 
-def kept_rows(stays, index, bounds, left, total):
+def kept_rows(stays, index, bounds, left, right, total):
     """The rows where a mask is True, ascending, and their `index`.
 
     Args:
         stays: `(T,)` bool.
         index: `(T,)` int64.
         bounds: as for `received`.
-        left: int32, where the first of each sequence's rows that stay is to be; there are `total`.
+        left, right: int32, where those of each sequence are to begin, and where to end.
+        total: how many there are.
     """
+    stays, index, bounds, left, right = _at_hand(stays, index, bounds, left, right)
     even = total + total % 2  # so that both rows begin where Triton likes it
     chosen = torch.zeros(2, even, dtype=torch.int64, device=index.device)[:, :total]
     with _on(index.device):
-        _kept_rows[(len(left),)](
-            stays.view(torch.uint8), index.contiguous(), bounds, left, chosen[0], chosen[1], total, block=512
-        )
+        _kept_rows[(len(left),)](stays.view(torch.uint8), index, bounds, left, right, chosen[0], chosen[1], block=512)
     return chosen[0], chosen[1]
 
 
@@ -117,14 +137,20 @@ if triton is not None:
             taken = tl.zeros((block,), tl.float32)
             for head in range(heads):
                 here = (mine < end)[:, None] & (dims < size)[None, :]
-                key = tl.load(keys + mine.to(tl.int64)[:, None] * k_row + head * k_head + dims[None, :], mask=here, other=0.0)
+                key = tl.load(
+                    keys + mine.to(tl.int64)[:, None] * k_row + tl.cast(head, tl.int64) * k_head + dims[None, :],
+                    mask=here,
+                    other=0.0,
+                )
                 of_head = tl.zeros((block,), tl.float32)
                 for begin in range(start, end, block):
                     theirs = begin + places
                     asks = theirs < end
                     there = asks[:, None] & (dims < size)[None, :]
                     query = tl.load(
-                        queries + theirs.to(tl.int64)[:, None] * q_row + head * q_head + dims[None, :], mask=there, other=0.0
+                        queries + theirs.to(tl.int64)[:, None] * q_row + tl.cast(head, tl.int64) * q_head + dims[None, :],
+                        mask=there,
+                        other=0.0,
                     )
                     total = tl.load(sums + head * s_head + theirs, mask=asks, other=float("inf"))
                     scores = tl.dot(query, tl.trans(key)) * scaling - total[:, None]
@@ -160,15 +186,15 @@ if triton is not None:
             share = tl.div_rn(before.to(tl.float32) + 0.5, tl.zeros((block,), tl.float32) + among)
             tl.store(relative + mine, share, mask=mine < end)
 
-    @triton.jit(do_not_specialize=["total"])
-    def _kept_rows(stays, index, bounds, left, chosen, chosen_index, total, block: tl.constexpr):
+    @triton.jit
+    def _kept_rows(stays, index, bounds, left, right, chosen, chosen_index, block: tl.constexpr):
         start, end = tl.load(bounds + tl.program_id(0)), tl.load(bounds + tl.program_id(0) + 1)
-        place = tl.load(left + tl.program_id(0))
+        place, stop = tl.load(left + tl.program_id(0)), tl.load(right + tl.program_id(0))
         for begin in range(start, end, block):
             mine = begin + tl.arange(0, block)
             keep = tl.load(stays + mine, mask=mine < end, other=0).to(tl.int32)
             target = place + tl.cumsum(keep, 0) - 1
-            fits = (keep != 0) & (target < total)  # whatever a selector counts
+            fits = (keep != 0) & (target < stop)  # whatever a selector counts
             tl.store(chosen + target, mine.to(tl.int64), mask=fits)
             tl.store(chosen_index + target, tl.load(index + mine, mask=mine < end, other=0), mask=fits)
             place += tl.sum(keep, 0)

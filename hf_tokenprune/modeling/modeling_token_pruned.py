@@ -322,8 +322,8 @@ def resize(model, *, heads, units, hidden=None, on_cut=None):
     """
     pruner, settings = model.token_pruner, model.config.token_pruning
     pruner.uninstall(model)
-    contexts = [context_left(model, layer, chosen) for layer, chosen in enumerate(heads)]
     try:
+        contexts = [context_left(model, layer, chosen) for layer, chosen in enumerate(heads)]
         cut(model, heads=heads, units=units, hidden=hidden, on_cut=on_cut)
         if hidden is not None:
             index = torch.as_tensor(list(hidden), device=model.device)

@@ -14,7 +14,7 @@ of equal length are neighbours and attention can treat them in one call.
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -25,8 +25,8 @@ CELLS = 2**24
 
 
 def sent(numbers, device, dtype=torch.int64):
-    """A list of numbers as a tensor on a device, which need not be waited for."""
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+    """A list of numbers as a tensor on a device. CUDA, which takes such a copy at once, need not be waited for."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def check_not_empty(batch_size, seq_len):
@@ -93,11 +93,13 @@ class PackedBatch:
         batch.begins = all(begin[i] for i in samples if lengths[i])
         flat, total = mask.reshape(-1), sum(lengths)
         if has_kernels(mask.device):
-            bounds, places = range(0, batch_size * seq_len + 1, seq_len), [0] * batch_size
-            for place, sample in zip(batch.starts, order, strict=False):
+            bounds, places = range(0, batch_size * seq_len + 1, seq_len), [(0, 0)] * batch_size
+            for sample, place in zip(order, pairwise(batch.starts), strict=True):
                 places[sample] = place
-            bounds, places = (sent(list(numbers), mask.device, torch.int32) for numbers in (bounds, places))
-            batch.index, _ = kept_rows(flat, everything, bounds, places, total)
+            bounds, left, right = (
+                sent(list(numbers), mask.device, torch.int32) for numbers in (bounds, *zip(*places, strict=True))
+            )
+            batch.index, _ = kept_rows(flat, everything, bounds, left, right, total)
             return batch
         batch.index = rows_of(flat, total)
         if order != samples:
@@ -242,7 +244,7 @@ class PackedBatch:
             rows = rows_of(stays, sum(lengths))
             return rows, self._of(rows, lengths, weights)
         bounds = sent([0, *accumulate(lengths)], stays.device, torch.int32)
-        rows, index = kept_rows(stays, self.index, self.bounds, bounds[:-1], sum(lengths))
+        rows, index = kept_rows(stays, self.index, self.bounds, bounds[:-1], bounds[1:], sum(lengths))
         chosen = self._of(rows, lengths, weights, index)
         chosen.__dict__["bounds"] = bounds
         return rows, chosen

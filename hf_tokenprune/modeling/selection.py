@@ -8,7 +8,7 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm, pad
+from torch.nn.functional import avg_pool1d, layer_norm
 
 from .cutting import cut_parameter
 from .errors import ConfigError
@@ -186,11 +186,11 @@ def mean_around(values, batch, reach):
         >>> mean_around(torch.tensor([1.0, 2.0, 3.0, 10.0, 10.0, 40.0]), batch, 1)
         tensor([ 1.5000,  2.0000,  2.5000, 10.0000, 20.0000, 25.0000])
     """
-    place, start = torch.arange(batch.total, device=values.device), batch.bounds[batch.sequence_ids]
-    low, high = (place - reach).maximum(start), (place + reach + 1).minimum(start + batch.lengths_by_token)
-    # In numbers of double width, so that it matters to nobody which other sequences there are.
-    sums = pad(values.double().cumsum(0), (1, 0))
-    return ((sums[high] - sums[low]) / (high - low)).float()
+    cells = batch.sequence_ids, batch.places
+    nothing = values.new_zeros(len(batch.lengths), max(batch.lengths))
+    told, there = nothing.index_put(cells, values), nothing.index_put(cells, torch.ones_like(values))
+    told, there = (avg_pool1d(table[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0] for table in (told, there))
+    return told[cells] / there[cells]
 
 
 @register_selector
