@@ -14,11 +14,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from transformers.utils import logging
 
 from .errors import TrainingError
+from .modeling.architectures import transformers_model
 from .processes import of_all
 
 logger = logging.get_logger(__name__)
 
 RESUME = "resume_from_checkpoint"
+# Settings that fit any checkpoint of the same method.
+MAY_CHANGE = {
+    "target_macs", "target_params", "static_macs", "schedule", "gate_lr", "constraint",
+    "distill_weight", "layer_weight", "rank_weight", "importance_weight", "entropy_weight", "norm_weight",
+}  # fmt: skip
 NAMED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, without importing the whole Trainer
@@ -41,7 +47,40 @@ def _train(trainer, train, *args, **kwargs):
         args, kwargs = ((None, *args[1:]), kwargs) if first else (args, {**kwargs, RESUME: None})
     elif isinstance(asked, (str, os.PathLike)):
         _check_complete(Path(asked), Path(trainer.args.output_dir))
+    folder = get_last_checkpoint(trainer.args.output_dir) if asked is True else asked
+    if isinstance(folder, (str, os.PathLike)):
+        _check_method(Path(folder), trainer.model)
     return train(*args, **kwargs)
+
+
+def _check_method(folder, model):
+    """A run goes on with the method it began with."""
+    try:
+        then = json.loads((folder / "config.json").read_text(encoding="utf-8"))["token_pruning"]["method"]
+        now = transformers_model(model).config.token_pruning["method"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # an adapter's, or none that we wrote
+        return
+    changed = list(_changed(then, now))
+    if any(name not in MAY_CHANGE for name, *_ in changed):
+        raise TrainingError(
+            f"{folder} is of a run with another method than this one: "
+            + ", ".join(f"{name} was {before!r} and is {after!r}" for name, before, after in changed)
+            + ". Resume with the settings that the run began with, or begin a new run with the saved model."
+        )
+    if changed:
+        what = ", ".join(f"{name} (was {before!r}, is {after!r})" for name, before, after in changed)
+        logger.warning(f"The run that is resumed goes on with other settings than it began with: {what}.")
+
+
+def _changed(then, now):
+    """`(name, before, after)` of settings that are not the same; a teacher may have moved."""
+    for name, value in now.items():
+        if name == "teacher" or name not in then or then[name] == value:
+            continue
+        if isinstance(value, dict) and isinstance(then[name], dict) and name != "schedule":
+            yield from _changed(then[name], value)
+        else:
+            yield name, then[name], value
 
 
 def _anything_to_resume(args):

@@ -245,7 +245,9 @@ def _made(pruning):
     if not known and settings:
         said = [f"Method: {settings.get('name')}."]
     layers = ", ".join(str(site["layer"]) for site in pruning["sites"])
-    said.append(f"Tokens are dropped in layers {layers} (counted from 0)." if layers else "No tokens are dropped.")
+    learned = any("hidden" in site["selector"] and site["selector"]["kind"] == "rank_bins" for site in pruning["sites"])
+    by = ", by a learned importance (the paper's is the attention received)" if learned else ""
+    said.append(f"Tokens are dropped in layers {layers} (counted from 0){by}." if layers else "No tokens are dropped.")
     if shapes:
         heads, units = (", ".join(str(layer[part]) for layer in shapes["layers"]) for part in ("heads", "units"))
         said.append(
@@ -272,7 +274,10 @@ def _loading(sentence_class, auto_class, where):
 
 def _plain(pruning):
     if not pruning.get("shapes"):
-        return "Without `trust_remote_code` the same call gives the plain class with the same weights, which reads all tokens."
+        return (
+            "Without `trust_remote_code` the same call gives the plain class with the same weights, which reads all tokens; what it "
+            "says is not quite the same."
+        )
     if pruning["shapes"]["dense"] and not pruning["shapes"]["restore"]:  # a plain config says what is left
         return "Without `trust_remote_code` the same call gives the plain, smaller model, which reads all tokens."
     return "Without `trust_remote_code` transformers refuses these weights: no plain config can say what was cut."

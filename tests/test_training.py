@@ -781,3 +781,28 @@ def test_a_forward_in_training_mode_without_gradients_works(phase):
     callback.objective.moment = top().schedule.at(phase, TOTAL)
     with torch.no_grad():
         assert model(**make_inputs("bert", HEAD)).logits.isfinite().all()
+
+
+OTHERS = {
+    "another method": (lambda: tp.StructuredPruning(target_macs=0.5), "name was 'top' and is 'structured'"),
+    "another importance": (lambda: top(importance="learned", rank_weight=0.0), "importance was 'attention' and is 'learned'"),
+    "other bins": (lambda: top(rank_bins=9), "rank_bins was 8 and is 9"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("asked", [True, "path"])
+def test_a_run_is_resumed_with_the_method_it_began_with(tmp_path, what, asked):
+    trainer_for(tmp_path, top(), max_steps=4, save_strategy="steps", save_steps=2).train()
+    make, why = OTHERS[what]
+    trainer = trainer_for(tmp_path, make(), max_steps=6)
+    with pytest.raises(tp.errors.TrainingError, match=why):
+        trainer.train(resume_from_checkpoint=asked if asked is True else str(tmp_path / "checkpoint-4"))
+
+
+def test_a_budget_that_changes_on_resuming_is_told(tmp_path, caplog):
+    trainer_for(tmp_path, top(), max_steps=4, save_strategy="steps", save_steps=2).train()
+    trainer = trainer_for(tmp_path, top(target_macs=0.6), max_steps=6)
+    trainer.train(resume_from_checkpoint=True)
+    assert "target_macs (was 0.5, is 0.6)" in caplog.text
+    assert trainer.state.global_step == 6

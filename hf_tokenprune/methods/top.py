@@ -47,7 +47,7 @@ class ToP(GatedMethod):
     target; the hard one does not.
 
     Args:
-        target_macs: MACs to spend on the real tokens, as a share of the dense model's. 0.4 is 2.5 times fewer.
+        target_macs: MACs to spend on the real tokens, as a share of the dense model's; it must be given. 0.4 is 2.5 times fewer.
         teacher: "self" (the model as it is after the dense phase of this run), a folder or Hub id, a model, or None.
         sites: layers that may drop tokens; None = all but the first (and the last, where a pooled head reads one token). The first
             is among them where importance is learned.
@@ -107,11 +107,11 @@ class ToP(GatedMethod):
             self.refuse("neighbours", "a whole number from 0 to 10000, or None")
         for name in ("importance_weight", "neighbours"):
             if self.importance == "attention" and getattr(self, name) != getattr(type(self), name):
-                self.refuse(name, "left out where importance is attention received")
+                self.refuse(name, 'for importance="learned" only, and here it is "attention"')
         if self.importance == "learned" and self.teacher is None:
             self.refuse("importance", "it is learned from a teacher, and there is none")
         if self.importance == "learned" and self.rank_weight:
-            self.refuse("rank_weight", "0 where importance is learned, which has a loss of its own")
+            self.refuse("rank_weight", 'for importance="attention" only: a learned one has a loss of its own')
 
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""
@@ -175,6 +175,10 @@ class ToP(GatedMethod):
         if is_token_pruned(model):
             protected = model.token_pruner.protected_ids
             _take_over(model.token_pruner.sites, selectors)
+        # What was left open, as it is in this model.
+        site_gates = not learned if self.site_gates is None else self.site_gates
+        known = {"sites": sites, "importance": "learned" if learned else "attention", "site_gates": site_gates}
+        settings.get("tokens", settings).update(**known, neighbours=self._near(model) if learned else 0)
         attach(model, selectors, protected, method=settings)
         return sites
 
@@ -183,7 +187,11 @@ class ToP(GatedMethod):
         if not self.learns(model):
             for name in ("importance_weight", "neighbours"):
                 if getattr(self, name) != getattr(type(self), name):
-                    self.refuse(name, "left out where importance is attention received, as it is here")
+                    self.refuse(
+                        name,
+                        "for a learned importance only, which there is not here: it wants a teacher, no rank_weight, and a family "
+                        "whose attention is not its own affair",
+                    )
             return {}
         if probe.family.probabilities:
             raise ConfigError(f'ToP(importance="learned") is not there for {type(model).__name__}: use "attention".')
