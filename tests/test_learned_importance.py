@@ -225,7 +225,7 @@ def test_scorers_have_a_gradient_in_every_step(tmp_path):
 
     look = Gradients()
     trained(tmp_path, callbacks=[look])
-    assert look.seen == [[True] * 9] * 12
+    assert look.seen == [[True] * 15] * 12
 
 
 @pytest.mark.parametrize("step", [2, 6, 10])

@@ -23,7 +23,7 @@ from hf_tokenprune.results import read_results
 
 HEAD = "ForSequenceClassification"
 RESULTS = Path(tp.__file__).parent.parent / "results" / "benchmark"
-RUN, DENSE = RESULTS / "mrpc-structured+top-0.41-0.json", RESULTS / "mrpc-dense-1-0.json"
+RUN, DENSE = RESULTS / "mrpc-structured-0.41-0.json", RESULTS / "mrpc-dense-1-0.json"
 
 
 @pytest.fixture

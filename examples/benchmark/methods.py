@@ -30,15 +30,17 @@ def top(budget, teacher):
 
 
 def top_learned(budget, teacher):
-    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="learned")
+    """Importance is read from each token alone."""
+    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="learned", neighbours=0)
 
 
 def top_near(budget, teacher):
+    """And from its neighbours: the default."""
     return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="learned", neighbours=8)
 
 
 def both(budget, teacher):
-    return tp.Compose(tp.StructuredPruning(), tp.ToP(), target_macs=budget, teacher=teacher, schedule=PHASES)
+    return tp.Compose(tp.StructuredPruning(), tp.ToP(neighbours=0), target_macs=budget, teacher=teacher, schedule=PHASES)
 
 
 def infor_coef(budget, teacher):

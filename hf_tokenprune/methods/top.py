@@ -35,7 +35,8 @@ class ToP(GatedMethod):
     (section 4.1).
 
     Attention received does not tell which tokens an answer is made of. Learned importance (not in the paper) adds to its
-    logarithm, at each site, what a linear map reads from a token's hidden state and from what attention has just brought to it.
+    logarithm, at each site, what linear maps read from a token's hidden state and from what attention has just brought to it, and
+    from the mean of both over its neighbours.
     From the start of the annealing to the end of the run these maps are taught to foresee the teacher's saliency: the norm of the
     gradient of what it says with respect to each token's hidden state. That takes a backward pass through the teacher in each step.
 
@@ -58,8 +59,8 @@ class ToP(GatedMethod):
             learned, where there is a teacher to learn it from, no `rank_weight`, and the family's attention is not its own affair; or
             what it is already in a model that ToP has pruned before.
         importance_weight: weight of the loss that teaches a learned importance.
-        neighbours: how many tokens to either side a learned importance reads, besides the one it is of. None = none, or as many as
-            in a model that ToP has pruned before.
+        neighbours: how many tokens to either side a learned importance reads, besides the one it is of: what matters lies together.
+            None = 8, or as many as in a model that ToP has pruned before.
         site_gates: is there a gate per site that says whether it prunes at all (the paper's)? While it is half open, the model in
             training keeps more tokens than the one it becomes. None = only where importance is the attention received, where it
             makes no difference that we could measure.
@@ -79,6 +80,8 @@ class ToP(GatedMethod):
         >>> ToP(target_macs=0.4, schedule=Schedule(dense=0, anneal=1, settle=1)).rank_bins
         50
     """
+
+    NEIGHBOURS = 8  # on the held-out part of WikiQA .694, .679 without; SQuAD and STS-B gain, too
 
     sites: tuple[int, ...] | None = None
     rank_bins: int = 50
@@ -201,7 +204,7 @@ class ToP(GatedMethod):
         if self.neighbours is not None:
             return self.neighbours
         site = _pruned_before(model)
-        return 0 if site is None else site.near
+        return self.NEIGHBOURS if site is None or site.scorer is None else site.near
 
     def saliency(self, model):
         """What teaches the scorers, if there are any."""
