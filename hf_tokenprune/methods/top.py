@@ -192,8 +192,8 @@ class ToP(GatedMethod):
                 if getattr(self, name) != getattr(type(self), name):
                     self.refuse(
                         name,
-                        "for a learned importance only, which there is not here: it wants a teacher, no rank_weight, and a family "
-                        "whose attention is not its own affair",
+                        "for a learned importance only, which there is not here: it wants a teacher, no rank_weight, and another "
+                        "family than MPNet or DeBERTa",
                     )
             return {}
         if probe.family.probabilities:
