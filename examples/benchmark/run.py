@@ -153,16 +153,15 @@ def measure(task, splits, args, model, tokenizer):
     if not count:
         return None
     texts = task.texts(splits["report"][:count])
-    found = (
-        bench(  # always on the CPU: on a GPU, which has done a model as small as this before the next is said, it tells nothing
-            model,
-            texts,
-            device="cpu",
-            tokenizer=tokenizer,
-            batch_sizes=(1, 32),
-            max_length=task.max_length,
-            repeats=args.bench_repeats,
-        )
+    # Always there: a GPU has done a model as small as this before the host has said what comes next.
+    found = bench(
+        model,
+        texts,
+        device="cpu",
+        tokenizer=tokenizer,
+        batch_sizes=(1, 32),
+        max_length=task.max_length,
+        repeats=args.bench_repeats,
     )
     ms = {}
     for result in found["results"]:

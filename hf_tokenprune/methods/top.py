@@ -151,8 +151,10 @@ class ToP(GatedMethod):
 
     def bins(self, model, sites, in_order):
         """The gates at the sites."""
-        site_gates = not self.learns(model) if self.site_gates is None else self.site_gates
-        return TokenBins(model, sites, self.rank_bins, in_order, site_gates)
+        return TokenBins(model, sites, self.rank_bins, in_order, self._gates_sites(model))
+
+    def _gates_sites(self, model):
+        return not self.learns(model) if self.site_gates is None else self.site_gates
 
     def place(self, model, settings, target):
         """Attach selectors to the model. Returns the sites, in order of layers."""
@@ -179,9 +181,10 @@ class ToP(GatedMethod):
             protected = model.token_pruner.protected_ids
             _take_over(model.token_pruner.sites, selectors)
         # What was left open, as it is in this model.
-        site_gates = not learned if self.site_gates is None else self.site_gates
-        known = {"sites": sites, "importance": "learned" if learned else "attention", "site_gates": site_gates}
-        settings.get("tokens", settings).update(**known, neighbours=self._near(model) if learned else 0)
+        settings.get("tokens", settings).update(
+            sites=sites, importance="learned" if learned else "attention", site_gates=self._gates_sites(model),
+            neighbours=self._near(model) if learned else 0,
+        )  # fmt: skip
         attach(model, selectors, protected, method=settings)
         return sites
 

@@ -175,8 +175,7 @@ class LayerCall:
     def departed(self):
         """`(index, states)` of the tokens that leave here: they keep the hidden state they entered the layer with."""
         gone = torch.ones(self.batch.total, dtype=torch.bool, device=self.rows.device).index_fill_(0, self.rows, False)
-        lengths = [before - after for before, after in zip(self.batch.lengths, self.survivors.lengths, strict=True)]
-        rows, batch = self.batch.choose(gone, lengths=lengths)
+        rows, batch = self.batch.rest(gone, self.survivors)
         return batch.index, self.entered.index_select(1, rows)
 
     def trace(self):

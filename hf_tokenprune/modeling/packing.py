@@ -249,6 +249,10 @@ class PackedBatch:
         chosen.__dict__["bounds"] = bounds
         return rows, chosen
 
+    def rest(self, goes, left):
+        """`(rows, batch)` of the tokens that go, `(T,)` bool: all but those of the batch `left`."""
+        return self.choose(goes, lengths=[before - after for before, after in zip(self.lengths, left.lengths, strict=True)])
+
     def one_each(self, rows):
         """The batch of one token of each sequence, those at `rows`."""
         return self._of(rows, [min(length, 1) for length in self.lengths])

@@ -314,9 +314,8 @@ class TokenPruner(nn.Module):
         if rows.shape[0] == batch.total:
             return batch, states
         if not forward.pooled_only:
-            lengths = [before - after for before, after in zip(batch.lengths, chosen.lengths, strict=True)]
-            gone, left = batch.choose(~keep, lengths=lengths)
-            forward.departed.append((number, (left.index, states.index_select(1, gone))))
+            gone, rest = batch.rest(~keep, chosen)
+            forward.departed.append((number, (rest.index, states.index_select(1, gone))))
         return chosen, states.index_select(1, rows)
 
     @torch.compiler.disable
