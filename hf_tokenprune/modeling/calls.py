@@ -172,12 +172,6 @@ class LayerCall:
         """The survivors' part of `(1, T, *rest)`."""
         return tensor if self.rows is None else tensor.index_select(1, self.rows)
 
-    def departed(self):
-        """`(index, states)` of the tokens that leave here: they keep the hidden state they entered the layer with."""
-        gone = torch.ones(self.batch.total, dtype=torch.bool, device=self.rows.device).index_fill_(0, self.rows, False)
-        rows, batch = self.batch.rest(gone, self.survivors)
-        return batch.index, self.entered.index_select(1, rows)
-
     def trace(self):
         entered = self.batch.lengths
         all_ask = self.pooled is None or self.watched or self.pruner.family.probabilities
@@ -200,7 +194,8 @@ class Forward:
         outer: the forward that this one runs inside of, on the same thread.
         calls: one `LayerCall` per layer so far.
         first: the batch of all real tokens.
-        departed: for each layer that dropped tokens, `(layer, (index, states))`.
+        left_behind: for each layer that dropped tokens, `(layer, (index, states))` of all that entered it: those that leave there
+            keep the hidden state they entered with.
     """
 
     pruner: Any
@@ -212,7 +207,7 @@ class Forward:
     keeps_states: bool
     outer: Any = None
     calls: list[LayerCall] = field(default_factory=list)
-    departed: list = field(default_factory=list)
+    left_behind: list = field(default_factory=list)
     gathered: dict = field(default_factory=dict)
     read: torch.Tensor | None = None
     guarded: torch.Tensor | None = None
@@ -317,4 +312,4 @@ class Forward:
         batch = self.calls[number - 1].survivors if number else first
         site = self.pruner.site(0)
         door = number == 0 and site is not None and site.before  # what a sampler drops before the first layer was in its input
-        return batch.unpack(states, [gone for layer, gone in self.departed if layer < number + door])
+        return batch.unpack(states, [before for layer, before in self.left_behind if layer < number + door])

@@ -210,20 +210,19 @@ class PackedBatch:
         flat = padded.reshape(1, self.batch_size * self.seq_len, *padded.shape[2:])
         return flat if self.dense else flat[:, self.index]
 
-    def unpack(self, packed, departed=()):
+    def unpack(self, packed, before=()):
         """`(1, T, H)` -> `(B, S, H)`; zeros where nothing is known.
 
         Args:
             packed: hidden states of the tokens of this batch.
-            departed: pairs `(index, rows)` of tokens that left earlier: flat positions `(D,)` and states `(1, D, H)`.
+            before: pairs `(index, rows)` of earlier states, oldest first: flat positions `(D,)` and `(1, D, H)`. A token has the
+                latest that is known of it.
         """
         if self.dense:
             return packed.reshape(self.batch_size, self.seq_len, packed.shape[-1])
-        index, rows = self.index, packed[0]
-        if departed:
-            index = torch.cat([index, *(where for where, _ in departed)])
-            rows = torch.cat([rows, *(states[0].to(rows.dtype) for _, states in departed)])
-        flat = rows.new_zeros(self.batch_size * self.seq_len, rows.shape[-1]).index_copy(0, index, rows)
+        flat = packed.new_zeros(self.batch_size * self.seq_len, packed.shape[-1])
+        for index, rows in (*before, (self.index, packed)):
+            flat.index_copy_(0, index, rows[0].to(flat.dtype))
         return flat.view(self.batch_size, self.seq_len, -1)
 
     @cached_property
@@ -248,10 +247,6 @@ class PackedBatch:
         chosen = self._of(rows, lengths, weights, index)
         chosen.__dict__["bounds"] = bounds
         return rows, chosen
-
-    def rest(self, goes, left):
-        """`(rows, batch)` of the tokens that go, `(T,)` bool: all but those of the batch `left`."""
-        return self.choose(goes, lengths=[before - after for before, after in zip(self.lengths, left.lengths, strict=True)])
 
     def one_each(self, rows):
         """The batch of one token of each sequence, those at `rows`."""

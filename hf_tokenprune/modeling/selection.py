@@ -148,11 +148,9 @@ class Scorer(nn.Module):
         super().__init__()
         self.near = near
         self.received = nn.Parameter(torch.full((1,), 1 / self.GAIN))
-        self.entered = nn.Parameter(torch.zeros(hidden))
-        self.context = nn.Parameter(torch.zeros(width))
-        if near:
-            self.entered_near = nn.Parameter(torch.zeros(hidden))
-            self.context_near = nn.Parameter(torch.zeros(width))
+        maps = 2 if near else 1  # of the token itself; of its neighbours
+        self.entered = nn.Parameter(torch.zeros(maps, hidden))
+        self.context = nn.Parameter(torch.zeros(maps, width))
         self.norms = nn.ModuleDict({"entered": Standardize(), "context": Standardize()})
 
     def forward(self, received, batch, entered, context):
@@ -165,16 +163,13 @@ class Scorer(nn.Module):
             context: `(T, width)` what its attention has brought together for them.
         """
         score = self.received.float() * (received.float() * batch.lengths_by_token).clamp(min=1e-6).log()
-        entered, context = self.norms["entered"](entered), self.norms["context"](context)
-        score = score + (entered * self.entered.float()).sum(-1) + (context * self.context.float()).sum(-1)
+        with torch.autocast(received.device.type, enabled=False):  # of two tokens, a few bits can decide which goes
+            told = self.entered.float() @ self.norms["entered"](entered).T
+            told = told + self.context.float() @ self.norms["context"](context).T
+        score = score + told[0]
         if self.near:
-            told = (entered * self.entered_near.float()).sum(-1) + (context * self.context_near.float()).sum(-1)
-            score = score + mean_around(told, batch, self.near)
+            score = score + mean_around(told[1], batch, self.near)
         return self.GAIN * score
-
-    def readers(self, name):
-        """The parameters that read "entered" or "context"."""
-        return [parameter for key, parameter in self.named_parameters() if key.partition("_")[0] == name]
 
 
 def mean_around(values, batch, reach):
@@ -285,14 +280,12 @@ class RankBins(Selector):
 
     def cut_hidden(self, index, on_cut=None):
         if self.scorer is not None:
-            for parameter in self.scorer.readers("entered"):
-                cut_parameter(parameter, 0, index, on_cut)
+            cut_parameter(self.scorer.entered, 1, index, on_cut)
             self.hidden = len(index)
 
     def cut_context(self, index, on_cut=None):
         if self.scorer is not None:
-            for parameter in self.scorer.readers("context"):
-                cut_parameter(parameter, 0, index, on_cut)
+            cut_parameter(self.scorer.context, 1, index, on_cut)
             self.width = len(index)
 
 
