@@ -53,7 +53,7 @@ def test_padded_bundles_give_what_runs_of_equal_length_give(monkeypatch, causal,
     for waste in (0, 0.6):
         monkeypatch.setattr(PackedBatch, "bundles", lambda batch, _, waste=waste: bundles(batch, waste))
         context, received = attention.packed_attention(
-            q, k, v, chosen, causal=causal, window=window, importance=importance, asking=rows
+            q, k, v, chosen, causal=causal, window=window, importance=importance, asking=rows, differentiable=importance
         )
         loss = (context * torch.arange(context.numel()).view_as(context).cos()).sum()
         if importance:
@@ -63,6 +63,18 @@ def test_padded_bundles_give_what_runs_of_equal_length_give(monkeypatch, causal,
     assert len(bundles(batch, 0.6)) < len(bundles(batch, 0)) == 7
     for padded, exact in zip(*found, strict=True):
         torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_importance_has_a_gradient_only_where_it_is_to(causal):
+    batch = batch_of()
+    batch = batch.with_weights((torch.rand(batch.total) + 0.1).requires_grad_())
+    for wanted in (True, False):
+        context, received = attention.packed_attention(
+            *heads(batch.total), batch, causal=causal, importance=True, differentiable=wanted
+        )
+        assert context.requires_grad
+        assert received.requires_grad == wanted
 
 
 def test_bundles_waste_no_more_than_they_may():

@@ -40,7 +40,7 @@ def top_near(budget, teacher):
 
 
 def both(budget, teacher):
-    return tp.Compose(tp.StructuredPruning(), tp.ToP(neighbours=0), target_macs=budget, teacher=teacher, schedule=PHASES)
+    return tp.Compose(tp.StructuredPruning(), tp.ToP(), target_macs=budget, teacher=teacher, schedule=PHASES)
 
 
 def infor_coef(budget, teacher):

@@ -258,11 +258,11 @@ TASKS = {
         ),
         Task(
             name="20newsgroups", hub=("SetFit/20_newsgroups",), columns=("text",), max_length=512, labels=20,
-            train_limit=2_500, eval_limit=1_000, learning_rates=(2e-4,), bench_texts=16,
+            learning_rates=(2e-4,), bench_texts=16,
         ),
         SpanAnswers(
             name="squad", hub=("rajpurkar/squad",), columns=("question", "context"), max_length=384, report="validation",
-            group="title", train_limit=3_000, eval_limit=1_500, learning_rates=(2e-4,), batch_size=16, bench_texts=16,
+            group="title", learning_rates=(2e-4,), method_epochs=4, bench_texts=16,
         ),
     )
 }  # fmt: skip

@@ -118,7 +118,7 @@ def packed_attention(
             result are zeros. None = all ask.
         say: `(heads,)` how much each head (or each that makes keys and values) counts in the mean over heads, not all 0;
             None = all alike.
-        differentiable: the importance is to have a gradient.
+        differentiable: the importance is to have a gradient; otherwise it has none.
 
     Returns:
         `(context, importance)`: `(1, T, heads, head_dim)` and `(T,)` or None.
@@ -179,10 +179,11 @@ def packed_attention(
                 shares = scores.softmax(-1, dtype=torch.float32)
             if importance:
                 count_as = weight if cells is None else cells.queries(weight)
-                mean = received_by(shares, count_as, say)
-                if causal:
-                    even = evenly_received(seen, None if count_as is None else count_as.detach())
-                    mean = mean / (even + (even == 0))
+                with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                    mean = received_by(shares, count_as, say)
+                    if causal:
+                        even = evenly_received(seen, None if count_as is None else count_as.detach())
+                        mean = mean / (even + (even == 0))
                 received.append(_row(mean, cells))
             out = torch.matmul(drop(shares, dropout).to(v.dtype), v)
         else:

@@ -285,9 +285,7 @@ class TokenPruner(nn.Module):
             pooled=forward.pooled(batch) if forward.pooled_only and number == self.layer_count - 1 else None,
             summary=forward.summary(batch) if number in self.watched else None,
             watched=number in self.watched,
-            differentiable=self.training and (
-                self.differentiable if number in self.watched else getattr(site, "scorer", None) is not None
-            ),
+            differentiable=self.training and self.differentiable and number in self.watched,
         )  # fmt: skip
         forward.calls.append(call)
         kwargs = {
