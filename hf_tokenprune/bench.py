@@ -71,8 +71,9 @@ def bench(
         device: where to run, such as "cpu" or "cuda"; by default where the model is ("cpu" for a folder).
 
     Returns:
-        A dictionary of plain JSON values: the circumstances (`model`, `cpu`, `gpu`, `threads`, `dtype`, `versions`,
-        `load_average`: cores kept busy by all programs in the minute before) and `results`, an entry per batch size:
+        A dictionary of plain JSON values: the circumstances (`model`, the settings of the `method` that pruned it, `cpu`, `gpu`,
+        `threads`, `dtype`, `versions`, `load_average`: cores kept busy by all programs in the minute before) and `results`, an entry
+        per batch size:
 
         * `ms`: milliseconds per text of each contender, median of the repeats; `ms_each_repeat` lists them all;
         * `macs` per text: `dense` (real tokens only), `dense_padded` (padded to `max_length`), and what each contender spends;
@@ -122,6 +123,7 @@ def bench(
     return {
         "model": name,
         "class": type(model).__name__,
+        "method": (getattr(model.config, "token_pruning", None) or {}).get("method"),
         "layers": len(results[0]["tokens_per_layer"]),
         "parameters": sum(p.numel() for p in models["hf_padded"].parameters()),
         "parameters_left": sum(

@@ -21,7 +21,7 @@ def read_results(files: Sequence, settings: Mapping | None = None) -> dict:
 
     Args:
         files: the benchmark run of the pruned model, the one of the dense model on the same task, a bench result; any of them.
-        settings: of the method that pruned the model; a run with other settings is refused.
+        settings: of the method that pruned the model; a result of a model with other settings is refused.
 
     Raises:
         ConfigError: a file cannot be read, is of neither format, or is about another model.
@@ -36,6 +36,7 @@ def read_results(files: Sequence, settings: Mapping | None = None) -> dict:
                 _check_settings(file, None if is_dense else result["settings"], settings)
             else:
                 is_dense, found = False, _of_bench(result)
+                _check_settings(file, result.get("method"), settings)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
             if isinstance(error, ConfigError):
                 raise

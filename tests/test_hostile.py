@@ -301,7 +301,7 @@ REFUSED = {  # how -> model, change, error, what it says
     "a config that is none": (bins_model, lambda folder: (folder / "config.json").write_bytes(b"\x00\xff" * 99), "Exception", ""),
     "weights that are a link to elsewhere": (bins_model, linked("model.safetensors", "/etc/hostname"), "SafetensorError", ""),
     "weights that are a link to themselves": (bins_model, linked("model.safetensors", "model.safetensors"), "OSError", ""),
-    "a config that is a link to elsewhere": (bins_model, linked("config.json", "/etc/hostname"), "OSError", ""),
+    "a config that is a link to elsewhere": (bins_model, linked("config.json", "/etc/hostname"), "ConfigError", ""),
 }  # fmt: skip
 MAPS = {
     "evil file": {"AutoModelForSequenceClassification": "evil.Model", "AutoConfig": "evil.Model", "AutoModel": "evil.Model"},

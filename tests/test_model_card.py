@@ -286,6 +286,10 @@ WRONG = {
     "a score that is none": (changed(score=None), "neither a result"),
     "not finite": (changed(score=float("nan")), "NaN"),
     "another model": (changed(settings={"name": "top"}), "another model: name is 'top', not 'structured'"),
+    "another model's times": (
+        json.dumps({**json.loads(RUN.read_text())["time"]["bench"], "method": {"name": "top"}}),
+        "another model: name is 'top', not 'structured'",
+    ),
 }
 
 

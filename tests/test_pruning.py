@@ -340,6 +340,12 @@ def test_a_site_that_is_no_layer_is_refused(layer):
         tp.attach(build("bert", "Model"), {layer: tp.TopK(0.5)})
 
 
+@pytest.mark.parametrize("sites", [3, [tp.TopK(0.5)], "1"])
+def test_sites_that_are_no_dictionary_are_refused(sites):
+    with pytest.raises(tp.errors.ConfigError, match="number of a layer"):
+        tp.attach(build("bert", "Model"), sites)
+
+
 def test_a_site_in_the_last_layer_of_a_pooled_head_is_refused():
     with pytest.raises(tp.errors.ConfigError, match="pooled token"):
         tp.attach(build("bert", "ForSequenceClassification"), {DEPTH - 1: tp.TopK(0.5)})

@@ -374,6 +374,11 @@ def test_trusting_remote_code_is_refused(tmp_path):
     tp.from_pretrained(tmp_path, trust_remote_code=False)
 
 
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(tp.errors.ConfigError, match=f"The folder {tmp_path} holds no model"):
+        tp.from_pretrained(tmp_path)
+
+
 def test_a_dense_folder_opens_dense(tmp_path):
     dense, inputs = build("bert", HEAD), make_inputs("bert", HEAD)
     dense.save_pretrained(tmp_path)

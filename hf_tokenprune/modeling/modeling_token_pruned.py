@@ -282,7 +282,10 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
         ConfigError: a site is not a layer where tokens can be dropped.
     """
     given, model = model, transformers_model(model)
-    sites = dict(sites)
+    try:
+        sites = dict(sites)
+    except (TypeError, ValueError):
+        raise ConfigError(f"attach(sites={sites!r}): sites are {{number of a layer, from 0: selector}}.") from None
     for layer, selector in sites.items():
         if type(layer) is not int or layer < 0 or not isinstance(selector, Selector):
             raise ConfigError(f"attach(sites={{{layer!r}: {selector!r}}}): sites are {{number of a layer, from 0: selector}}.")
