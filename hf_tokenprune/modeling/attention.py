@@ -264,8 +264,8 @@ def received_by(shares, weight=None, say=None):
         `(count, keys)`.
     """
     asking = shares if weight is None else shares * weight[:, None, :, None]
-    of_heads = asking.mean(2)
     if say is None:
-        return of_heads.mean(1)
+        return asking.mean((1, 2))
+    of_heads = asking.mean(2)
     say = say.repeat_interleave(of_heads.shape[1] // len(say))
     return torch.einsum("chl,h->cl", of_heads, say / say.sum())
