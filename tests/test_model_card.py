@@ -272,6 +272,16 @@ def test_the_trainers_card_is_of_the_model_that_model_init_made_last(tmp_path):
     assert ModelCard.load(tmp_path / "README.md").data.to_dict()[DATA]["score"] == 0.25
 
 
+@pytest.mark.parametrize(("reached", "said"), [(2.0, True), (2.45, False), (3.0, False)])
+def test_a_card_says_that_a_target_was_missed(tmp_path, reached, said):
+    folder = tmp_path / "model"
+    model = tp.attach(build("bert", HEAD), {1: tp.TopK(0.5)}, method=tp.ToP(target_macs=0.4).settings())
+    model.save_pretrained(folder)
+    text = card_of(folder, {"reduction": {"true_length": reached}}).text
+    assert f"{reached:.2f} times fewer MACs" in text
+    assert ("where 2.50 times were asked for" in text) == said
+
+
 # Result files
 
 

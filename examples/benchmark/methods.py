@@ -25,18 +25,18 @@ def structured(budget, teacher):
 
 
 def top(budget, teacher):
+    """As it is by default: importance is learned, from each token and its neighbours."""
+    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES)
+
+
+def top_alone(budget, teacher):
+    """Learned from each token alone."""
+    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, neighbours=0)
+
+
+def top_attention(budget, teacher):
     """The paper's importance, attention received."""
     return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="attention")
-
-
-def top_learned(budget, teacher):
-    """Importance is read from each token alone."""
-    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="learned", neighbours=0)
-
-
-def top_near(budget, teacher):
-    """And from its neighbours: the default."""
-    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="learned", neighbours=8)
 
 
 def both(budget, teacher):
@@ -62,8 +62,8 @@ METHODS = {
     "topk": Method(trained=False),
     "topk-trained": Method(),
     "top": Method(top),
-    "top-learned": Method(top_learned),
-    "top-near": Method(top_near),
+    "top-alone": Method(top_alone),
+    "top-attention": Method(top_attention),
     "structured": Method(structured),
     "structured+top": Method(both),
     "infor-coef": Method(infor_coef),

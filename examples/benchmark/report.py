@@ -26,7 +26,7 @@ TITLES = {
     "20newsgroups": "20 Newsgroups",
     "squad": "SQuAD v1.1",
 }
-ORDER = ("dense", "topk", "topk-trained", "top", "top-learned", "top-near", "structured", "structured+top", "infor-coef")
+ORDER = ("dense", "topk", "topk-trained", "top-attention", "top-alone", "top", "structured", "structured+top", "infor-coef")
 
 
 def load(folder):
