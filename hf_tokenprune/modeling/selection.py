@@ -57,17 +57,19 @@ def relative_rank(importance, batch, protected):
         return ranks(importance.detach().float(), protected, batch.bounds, max(batch.lengths))
     rows, width = len(batch.lengths), max(batch.lengths, default=0)
     score = importance.detach().float().masked_fill(protected, float("-inf"))
-    droppable = torch.zeros(rows, device=score.device).index_add_(0, batch.sequence_ids, (~protected).float())
     even = batch.total == rows * width
     if even:
-        table = score.view(rows, width)
+        table, droppable = score.view(rows, width), (~protected).view(rows, width).sum(1)
     else:
         table = score.new_full((rows, width), float("-inf"))
         table[batch.sequence_ids, batch.places] = score
+        droppable = torch.zeros(rows, device=score.device).index_add_(0, batch.sequence_ids, (~protected).float())
     order = table.argsort(dim=1, descending=True, stable=True)
-    ranked = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand_as(order))
-    rank = ranked.view(-1) if even else ranked[batch.sequence_ids, batch.places]
-    return rank, (rank + 0.5) / droppable[batch.sequence_ids].clamp(min=1)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand_as(order))
+    relative = (rank + 0.5) / droppable.clamp(min=1)[:, None]
+    if even:
+        return rank.view(-1), relative.view(-1)
+    return rank[batch.sequence_ids, batch.places], relative[batch.sequence_ids, batch.places]
 
 
 def relative_ranks(count):
@@ -162,7 +164,7 @@ class Scorer(nn.Module):
             entered: `(T, hidden)` hidden states with which they entered the layer.
             context: `(T, width)` what its attention has brought together for them.
         """
-        score = self.received.float() * (received.float() * batch.lengths_by_token).clamp(min=1e-6).log()
+        score = self.received.float() * received.float().clamp(min=1e-9).log()
         with torch.autocast(received.device.type, enabled=False):  # of two tokens, a few bits can decide which goes
             told = self.entered.float() @ self.norms["entered"](entered).T
             told = told + self.context.float() @ self.norms["context"](context).T
@@ -181,10 +183,14 @@ def mean_around(values, batch, reach):
         >>> mean_around(torch.tensor([1.0, 2.0, 3.0, 10.0, 10.0, 40.0]), batch, 1)
         tensor([ 1.5000,  2.0000,  2.5000, 10.0000, 20.0000, 25.0000])
     """
+    rows, width = len(batch.lengths), max(batch.lengths)
+    around = {"kernel_size": 2 * reach + 1, "stride": 1, "padding": reach}
+    if batch.total == rows * width:
+        return avg_pool1d(values.view(rows, 1, width), **around, count_include_pad=False).view(-1)
     cells = batch.sequence_ids, batch.places
-    nothing = values.new_zeros(len(batch.lengths), max(batch.lengths))
+    nothing = values.new_zeros(rows, width)
     told, there = nothing.index_put(cells, values), nothing.index_put(cells, torch.ones_like(values))
-    told, there = (avg_pool1d(table[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0] for table in (told, there))
+    told, there = (avg_pool1d(table[:, None], **around)[:, 0] for table in (told, there))
     return told[cells] / there[cells]
 
 
