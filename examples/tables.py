@@ -134,7 +134,7 @@ def benchmark():
     sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
     import report
 
-    return report.overview(report.load(ROOT / "results" / "benchmark"))
+    return report.overview(report.load(ROOT / "results" / "benchmark"), report.MAIN)
 
 
 def read(name):

@@ -346,7 +346,10 @@ def test_overview(bench, runs):
         "| mean of all, each at its first target, against dense |  |  | -15.0 (2.00 x) | -5.5 (2.00 x) |",
     ]
     text = "a\n<!-- table:benchmark -->\nold\n<!-- end -->\nb"
-    assert bench.report.fill(text, runs) == text.replace("old", bench.report.overview(runs))
+    table = bench.report.overview(runs, {"structured": "Weights", "top": "Tokens"}).splitlines()
+    assert table[0] == "| task | dense | target | Tokens |"
+    assert table[3] == "|  | 86.0 ± 1.4 | 2.5 x | 80.5 ± 0.7 (2.5 x) |"
+    assert bench.report.fill(text, runs) == text.replace("old", bench.report.overview(runs, bench.report.MAIN))
 
 
 def test_the_mean_over_tasks_is_of_each_task_s_first_target(bench, runs):
@@ -364,6 +367,7 @@ def test_report_writes_pages_and_plots(bench, runs, tmp_path):
     arguments = [str(argument) for argument in arguments]
     bench.report.main([*arguments, "--no-plots"])
     assert "| 86.0 ± 1.4 | 2.5 x |" in (tmp_path / "README.md").read_text()
+    assert bench.report.overview(runs) in (tmp_path / "cards" / "README.md").read_text()
     page = (tmp_path / "cards" / "mrpc.md").read_text()
     assert "| top | 2.0 x | 80.5 ± 0.7 | 80.5 ± 0.7 | 2.00 x | 6.00 x | 3.00 x | 3.00 x | 2 |" in page
     assert page.index("| dense |") < page.index("| topk |") < page.index("| top |")

@@ -1,7 +1,7 @@
 """Tables and plots from the JSON files of `run.py`: `python examples/benchmark/report.py`.
 
-Writes a page with a plot per task to model_cards/, and the overview to README.md, between `<!-- table:benchmark -->` and
-`<!-- end -->`.
+Writes a page with a plot per task to model_cards/, and one over all tasks; and the main methods' part of that to README.md, between
+`<!-- table:benchmark -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -26,6 +26,7 @@ TITLES = {
     "20newsgroups": "20 Newsgroups",
     "squad": "SQuAD v1.1",
 }
+MAIN = {"top": "ToP", "structured": "StructuredPruning", "structured+top": "Compose", "infor-coef": "InforCoef"}
 ORDER = ("dense", "topk", "topk-trained", "top-attention", "top-alone", "top", "structured", "structured+top", "infor-coef")
 
 
@@ -70,18 +71,24 @@ def what(run):
     return f"{NAMES.get(run['metric'], run['metric'])}, {rows}{trained}"
 
 
-def overview(runs):
+def overview(runs, columns=None):
     """A row per task and budget, a column per method: the score, and the MACs reduction on true lengths that was really reached.
 
     The last row is the mean over all tasks, each at a method's first target, of the difference from dense and of the reduction; for
     methods that were measured on all tasks.
+
+    Args:
+        runs: what `load` gives.
+        columns: `{method: title}`; by default all methods, by their own names.
     """
-    methods = [name for name in ORDER[1:] if any(run["method"] == name for run in runs)]
-    rows = [["task", "dense", "target", *methods]]
+    columns = {name: name for name in ORDER[1:]} if columns is None else columns
+    columns = {name: title for name, title in columns.items() if any(run["method"] == name for run in runs)}
+    methods = list(columns)
+    rows = [["task", "dense", "target", *columns.values()]]
     for task, groups in by_task(runs).items():
         dense = groups.get(("dense", 1.0))
         title = f"{TITLES.get(task, task)} ({what(next(iter(groups.values()))[0])})"
-        for budget in sorted({budget for _, budget in groups} - {1.0}, reverse=True):
+        for budget in sorted({budget for name, budget in groups if name in methods}, reverse=True):
             cells = [cell(groups.get((method, budget)), dense) for method in methods]
             rows.append([title, percent(dense, "score") if dense else "", f"{1 / budget:.1f} x", *cells])
             title = ""
@@ -117,6 +124,21 @@ def over_tasks(runs, method):
         differences.append(100 * (mean(group, "score") - mean(dense, "score")))
         reductions.append(mean(group, "reduction", "true_length"))
     return f"{statistics.fmean(differences):+.1f} ({statistics.fmean(reductions):.2f} x)"
+
+
+COLUMNS = """Each method starts from the same tuned dense model, which is also its teacher. "target" is the reduction of MACs asked
+for, in brackets the one reached, on true lengths; "of" is the dense score of the same seeds, ± the standard deviation over seeds.
+
+* `topk` keeps the same share of the tokens in every layer, without training; `topk-trained` trains the weights with that selection.
+* `top` is ToP as it is by default: importance is learned, from a token and its neighbours. `top-alone` learns it from each token
+  alone, `top-attention` takes the attention that tokens receive, as the paper does.
+* `structured` is StructuredPruning, `structured+top` Compose of both, `infor-coef` InforCoef."""
+
+
+def index(runs):
+    """The page over all tasks, as Markdown."""
+    pages = [f"* [{TITLES.get(task, task)}]({task}.md)" for task in by_task(runs)]
+    return "\n\n".join(["# Results", COLUMNS, overview(runs), "\n".join(pages)]) + "\n"
 
 
 def page(task, groups):
@@ -176,9 +198,9 @@ def plot(task, groups, file):
 
 
 def fill(text, runs):
-    """A text with the overview put between its marks, where it has them."""
+    """A text with the main methods' overview put between its marks, where it has them."""
     pattern = r"(<!-- table:benchmark -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda match: f"{match[1]}{overview(runs)}\n{match[2]}", text, flags=re.S)
+    return re.sub(pattern, lambda match: f"{match[1]}{overview(runs, MAIN)}\n{match[2]}", text, flags=re.S)
 
 
 def main(arguments=None):
@@ -192,6 +214,7 @@ def main(arguments=None):
     if not runs:
         raise SystemExit(f"There are no results in {args.results}; make some with run.py.")
     write_text(args.readme, fill(args.readme.read_text(), runs))
+    write_text(args.cards / "README.md", index(runs))
     for task, groups in by_task(runs).items():
         write_text(args.cards / f"{task}.md", page(task, groups))
         if not args.no_plots:
