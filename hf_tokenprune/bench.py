@@ -1,13 +1,14 @@
 """How fast a token-pruned model is on this machine, against what it should be compared with.
 
-Four contenders, made from one set of weights, take turns on the same texts in one run:
+Four or five contenders, made from one set of weights, take turns on the same texts in one run:
 
 * `hf_padded`: the unmodified transformers model with its SDPA attention, batches in the order given, padded to their longest;
 * `hf_sorted`: the same, the texts sorted by length before they are put into batches;
+* `hf_flash`: as `hf_padded` with transformers' FlashAttention 2, on a GPU in half precision where flash-attn is installed;
 * `packed_dense`: packed, without sites: no work on padding, nothing dropped;
 * `pruned`: the model as it is.
 
-Of a model whose weights were cut the first three are as large as what it was cut from, with random weights: these do not
+Of a model whose weights were cut all but the last are as large as what it was cut from, with random weights: these do not
 change the time.
 """
 
@@ -37,7 +38,7 @@ from .subject import (
     versions,
 )
 
-CONTENDERS = ("hf_padded", "hf_sorted", "packed_dense", "pruned")
+CONTENDERS = ("hf_padded", "hf_sorted", "packed_dense", "pruned")  # wherever it runs
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -164,7 +165,7 @@ def _batches(features, size, tokenizer, device):
 
     given = batches(features)
     by_length = batches(sorted(features, key=lambda feature: len(feature["input_ids"])))
-    return {name: by_length if name == "hf_sorted" else given for name in CONTENDERS}
+    return {name: by_length if name == "hf_sorted" else given for name in (*CONTENDERS, "hf_flash")}
 
 
 def _measure(models, plan, max_length, repeats, texts, bar):
@@ -188,7 +189,8 @@ def _measure(models, plan, max_length, repeats, texts, bar):
 
     cost = meters["pruned" if "pruned" in meters else "packed_dense"].cost
     macs = {"dense": cost.dense, "dense_padded": cost.padded}
-    for name in CONTENDERS:
+    listed = list(dict.fromkeys([*names, *CONTENDERS]))
+    for name in listed:
         if name in meters:
             macs[name] = meters[name].cost.spent
         else:
@@ -196,8 +198,8 @@ def _measure(models, plan, max_length, repeats, texts, bar):
             macs[name] = sum(sum(padded_macs(models[name], *shape)) for shape in shapes) if name in models else None
     ms = {name: [1000 * value / texts for value in seconds[name]] for name in names}
     return {
-        "ms": {name: statistics.median(ms[name]) if name in ms else None for name in CONTENDERS},
-        "ms_each_repeat": {name: ms.get(name) for name in CONTENDERS},
+        "ms": {name: statistics.median(ms[name]) if name in ms else None for name in listed},
+        "ms_each_repeat": {name: ms.get(name) for name in listed},
         "macs": {name: value if value is None else value / texts for name, value in macs.items()},
         "reduction": {"true_length": cost.true_length_reduction, "padded": cost.padded_reduction},
         "tokens_per_layer": list(cost.tokens_per_layer),

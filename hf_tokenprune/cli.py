@@ -21,14 +21,15 @@ from .writing import write_file
 
 DESCRIPTION = "Faster transformer encoders: tokens dropped layer by layer, weights cut out."
 BENCH = """\
-Measure a model on this machine, on real text. Four contenders, made from the same weights, take turns on every batch:
+Measure a model on this machine, on real text. Contenders made from the same weights take turns on every batch:
 
   hf_padded     the unmodified transformers model (SDPA), each batch padded to its longest text
   hf_sorted     the same, texts sorted by length before they are put into batches
+  hf_flash      as hf_padded with FlashAttention 2 (on a GPU in half precision, where flash-attn is installed)
   packed_dense  packed by this package, nothing dropped; the baseline that pruning has to beat
   pruned        the model as it was saved (not for a model that drops no tokens and was never cut)
 
-Of a model whose weights were cut the first three are as large as what it was cut from.
+Of a model whose weights were cut all but the last are as large as what it was cut from.
 
 Times are milliseconds per text, tokenisation aside, and medians of the repeats."""
 PUSH = """\

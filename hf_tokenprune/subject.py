@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoTokenizer
+from transformers.utils import is_flash_attn_2_available
 
 from .errors import ConfigError, TokenPruneError, UnsupportedModelError
 from .loading import from_pretrained
@@ -170,6 +171,12 @@ def copy_of(model, *, share_weights=False):
     return copy.deepcopy(model, memo)
 
 
+def runs_flash_attention(model):
+    """Is flash-attn installed, and does this model run with it where it is?"""
+    ready = model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16)
+    return ready and model._supports_flash_attn and is_flash_attn_2_available()
+
+
 def contenders(model):
     """What a model is compared with, and the model, by name; see `bench`. All on the same weights, if none were cut."""
     was_cut = shape_map(model) is not None
@@ -182,7 +189,11 @@ def contenders(model):
         dense = detach(copy_of(model, share_weights=True))
     if dense.config._attn_implementation != "sdpa" and dense._supports_sdpa:  # MPNet and DeBERTa know one way only
         dense.set_attn_implementation("sdpa")
-    models = {"hf_padded": dense, "hf_sorted": dense, "packed_dense": pack(copy_of(dense, share_weights=True))}
+    models = {"hf_padded": dense, "hf_sorted": dense}
+    if runs_flash_attention(dense):
+        models["hf_flash"] = copy_of(dense, share_weights=True)
+        models["hf_flash"].set_attn_implementation("flash_attention_2")
+    models["packed_dense"] = pack(copy_of(dense, share_weights=True))
     if was_cut or (is_token_pruned(model) and len(model.token_pruner.sites)):
         models["pruned"] = model
     return models

@@ -10,7 +10,7 @@ from families import build
 
 import hf_tokenprune as tp
 from hf_tokenprune import bench as benching
-from hf_tokenprune import cli, cost
+from hf_tokenprune import cli, cost, subject
 from hf_tokenprune.bench import CONTENDERS, bench
 from hf_tokenprune.sample_text import TEXTS
 from hf_tokenprune.subject import read_texts
@@ -173,6 +173,17 @@ def test_contenders_share_weights_and_give_the_outputs_they_should():
     assert models["hf_padded"].config._attn_implementation == "sdpa"
     assert len({m.classifier.weight.data_ptr() for m in models.values()}) == 1
     assert not len(models["packed_dense"].token_pruner.sites)
+
+
+def test_transformers_own_flash_attention_is_measured_where_it_runs(monkeypatch):
+    asked = []
+    monkeypatch.setattr(subject, "runs_flash_attention", lambda _: True)
+    monkeypatch.setattr(hf.BertForSequenceClassification, "set_attn_implementation", lambda _, name: asked.append(name))
+    entry = bench(pruned_model(), SENTENCES, tokenizer=make_tokenizer(), batch_sizes=[2], repeats=1)["results"][0]
+    assert asked == ["flash_attention_2"]
+    assert list(entry["ms"]) == ["hf_padded", "hf_sorted", "hf_flash", "packed_dense", "pruned"]
+    assert entry["macs"]["hf_flash"] == entry["macs"]["hf_padded"]
+    assert entry["ms_each_repeat"]["hf_flash"] == [entry["ms"]["hf_flash"]]
 
 
 @pytest.mark.parametrize("name", ["mpnet", "deberta-v2"])
