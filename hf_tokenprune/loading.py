@@ -47,10 +47,10 @@ def from_pretrained(folder_or_id, **kwargs):
         written, _ = PreTrainedConfig.get_config_dict(folder_or_id, **hub)
     except OSError as error:
         if os.path.isdir(folder_or_id):
-            raise ConfigError(f"The folder {folder_or_id} holds no model that can be read: {error}") from error
+            raise ConfigError(f"{folder_or_id} holds no model that can be read: {error}") from error
         raise ConfigError(f"{folder_or_id} is no folder here, and could not be got from the Hub: {error}") from error
     if not written:
-        raise ConfigError(f"The folder {folder_or_id} holds no model: there is no config.json.")
+        raise ConfigError(f"{folder_or_id} holds no model: its config.json is missing or empty.")
     _check_counts(written, folder_or_id)
     config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False, **hub)
     return open_as(config, folder_or_id, **kwargs)

@@ -209,7 +209,7 @@ def _summary(architecture, pruning, evaluation, base_model):
     reduction = evaluation.get("reduction", {}).get("true_length")
     spends = f": {reduction:.2f} times fewer MACs than the dense model on the same texts" if reduction else ""
     target = (pruning.get("method") or {}).get("target_macs")
-    if reduction and isinstance(target, float) and 0 < 1.05 * target * reduction < 1:
+    if reduction and reduction > 1.05 and isinstance(target, float) and 0 < 1.05 * target * reduction < 1:
         spends += f", where {1 / target:.2f} times were asked for"
     does = ["reads fewer tokens layer by layer"] * bool(pruning["sites"]) + ["has fewer weights"] * bool(pruning.get("shapes"))
     return f"{what} that {' and '.join(does) or 'does no work on padding'}{spends}. Made with `hf_tokenprune`."

@@ -33,10 +33,12 @@ def read_results(files: Sequence, settings: Mapping | None = None) -> dict:
             if "score" in result:
                 is_dense = result["method"] == "dense"
                 found = _of_run(result)
-                _check_settings(file, None if is_dense else result["settings"], settings)
+                if not is_dense:
+                    _check_settings(file, result["settings"], settings)
             else:
                 is_dense, found = False, _of_bench(result)
-                _check_settings(file, result.get("method"), settings)
+                if "method" in result:
+                    _check_settings(file, result["method"], settings)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -111,11 +113,25 @@ def _read(file):
 
 
 def _check_settings(file, found, wanted):
-    if found and wanted and json.dumps(found, sort_keys=True) != json.dumps(wanted, sort_keys=True):
-        differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    if wanted is None:
+        return
+    if not isinstance(found, Mapping):
         raise ConfigError(
-            f"{file} is of another model: {', '.join(f'{n} is {found.get(n)!r}, not {wanted.get(n)!r}' for n in differ[:3])}."
+            f"{file} is of another model: one that no method has pruned, and this one is by {wanted.get('name')!r}."
         )
+    differ = list(_differences(found, wanted))
+    if differ:
+        raise ConfigError(f"{file} is of another model: {', '.join(f'{n} is {a!r}, not {b!r}' for n, a, b in differ[:3])}.")
+
+
+def _differences(found, wanted):
+    """Where settings are not the same. What was left open (None) has become something in a model."""
+    for name in sorted({*found, *wanted}):
+        a, b = found.get(name), wanted.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from _differences(a, b)
+        elif a is not None and a != (list(b) if isinstance(b, tuple) else b):
+            yield name, a, b
 
 
 def _of_run(run):

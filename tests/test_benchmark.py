@@ -271,6 +271,11 @@ def test_every_pruned_model_has_a_card_of_what_was_measured(bench, finished, tmp
         assert f"| accuracy (sst2, validation) | {dense['score']:.4f} | {run['score']:.4f} |" in text
         assert json.loads((path / "config.json").read_text())["token_pruning"]["sites"]
         assert not list(path.glob("*.safetensors"))
+    cards = {path: path.read_text() for path in tmp_path.glob("*/README.md")}
+    (tmp_path / "sst2-topk-0.6-0" / "config.json").unlink()
+    bench.cards.main(["--models", "nowhere", "--results", str(folder / "results"), "--output", str(tmp_path)])
+    assert {path: path.read_text() for path in cards} == cards, "configs that lie there will do"
+    assert not (tmp_path / "sst2-topk-0.6-0" / "config.json").exists()
 
 
 def test_what_is_there_is_not_run_again(bench, finished, monkeypatch):

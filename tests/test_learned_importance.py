@@ -70,7 +70,7 @@ class LearnedReference(Reference):
 
     def _received(self, row, living):
         scorer = self.selectors[self.number].scorer
-        score = scorer.received * (len(living) * super()._received(row, living)).log()
+        score = scorer.received * (len(living) * super()._received(row, living)).log()  # the length shifts all of a text alike
         entered, context = (layer_norm(states[row], states[row].shape[-1:]) for states in (self.entered, self.context))
         score = score + entered @ scorer.entered[0] + context @ scorer.context[0]
         if scorer.near:

@@ -303,6 +303,24 @@ WRONG = {
 }
 
 
+def test_what_was_left_open_in_a_run_is_no_difference(tmp_path):
+    file = tmp_path / "results.json"
+    open_ = {"name": "structured+top", "tokens": {"sites": None, "rank_bins": 50}}
+    file.write_text(changed(settings=open_))
+    resolved = {"name": "structured+top", "tokens": {"sites": [0, 1], "rank_bins": 50, "neighbours": 8}}
+    assert read_results([file], resolved)["score"] == json.loads(RUN.read_text())["score"]
+    with pytest.raises(tp.errors.ConfigError, match="rank_bins is 50, not 20"):
+        read_results([file], {**resolved, "tokens": {"sites": [0, 1], "rank_bins": 20}})
+
+
+def test_times_of_a_model_that_no_method_has_pruned_are_refused_for_one_that_a_method_has(tmp_path):
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps({**json.loads(RUN.read_text())["time"]["bench"], "method": None}))
+    with pytest.raises(tp.errors.ConfigError, match="one that no method has pruned"):
+        read_results([file], {"name": "top"})
+    assert read_results([file])["latency"]
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_result_file_is_refused(tmp_path, name):
     content, message = WRONG[name]

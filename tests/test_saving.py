@@ -375,7 +375,7 @@ def test_trusting_remote_code_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(tp.errors.ConfigError, match=f"The folder {tmp_path} holds no model"):
+    with pytest.raises(tp.errors.ConfigError, match=f"{tmp_path} holds no model"):
         tp.from_pretrained(tmp_path)
 
 

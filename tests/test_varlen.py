@@ -209,6 +209,24 @@ def test_soft_gates_in_the_kernel_have_the_gradients_of_the_matrices(kernel, mon
         assert (by_kernel - otherwise).norm() < 0.02 * otherwise.norm()
 
 
+def test_a_learned_importance_trains_in_the_kernel(kernel):
+    model = build("bert", "ForTokenClassification", hidden_size=64, num_attention_heads=4).to(torch.bfloat16).train()
+    sites = {layer: tp.RankBins(10, 64, 64, near=2) for layer in range(4)}
+    for site in sites.values():
+        site.set_kept([True] * 7 + [False] * 3)
+        for parameter in site.scorer.requires_grad_(True).parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    tp.attach(model, sites)
+    model.token_pruner.remembers = True
+    model(**make_inputs("bert", "ForTokenClassification", lengths=(17, 5, 30, 17, 1)))
+    assert len(kernel) == 4
+    sum(call.importance.square().sum() for call in model.token_pruner.last_forward.calls).backward()
+    for site in sites.values():
+        assert all(parameter.grad.abs().sum() > 0 for parameter in site.scorer.parameters())
+    first = model.bert.encoder.layer[0].attention.self.value.weight
+    assert first.grad.abs().sum() > 0, "the encoder learns, too, through what attention brings together"
+
+
 def test_the_kernel_is_left_alone_where_it_would_be_wrong(kernel):
     batch = batch_of()
     _, thin = batch.choose(torch.arange(batch.total) % 2 == 0)

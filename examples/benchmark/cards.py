@@ -47,7 +47,8 @@ def write(config, results, place):
     with tempfile.TemporaryDirectory() as new:
         for file in (config, *CODE.glob("[!_]*.py")):  # with the code as it is now
             shutil.copy(file, new)
-        write_card(new, read_results(results), base_model=BASE, license=LICENSE, plot=True, repo_id=f"user/{name_of(place)}")
+        evaluation = read_results(results, json.loads(config.read_text())["token_pruning"].get("method"))
+        write_card(new, evaluation, base_model=BASE, license=LICENSE, plot=True, repo_id=f"user/{name_of(place)}")
         for name in ("README.md", "config.json", "tokens_per_layer.png"):
             if (Path(new) / name).exists():
                 write_file(place / name, (Path(new) / name).read_bytes())

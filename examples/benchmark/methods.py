@@ -110,7 +110,8 @@ def prune(method, task, splits, tokenizer, *, budget, teacher, work, learning_ra
         "seconds": time.perf_counter() - started,
         "log": trainer.state.log_history,
     }
-    return model, settings, training
+    made = (getattr(model.config, "token_pruning", None) or {}).get("method")  # with what was left open
+    return model, made or settings, training
 
 
 def attach_fixed(model, lengths, budget):

@@ -195,7 +195,8 @@ class Forward:
         calls: one `LayerCall` per layer so far.
         first: the batch of all real tokens.
         left_behind: for each layer that dropped tokens, `(layer, (index, states))` of all that entered it: those that leave there
-            keep the hidden state they entered with.
+            keep the hidden state they entered with. Where nobody will ask for them again, they are in `flat` instead.
+        flat: `(B * S, H)` the latest known hidden state of each token of layers that dropped some, or None.
     """
 
     pruner: Any
@@ -208,6 +209,7 @@ class Forward:
     outer: Any = None
     calls: list[LayerCall] = field(default_factory=list)
     left_behind: list = field(default_factory=list)
+    flat: torch.Tensor | None = None
     gathered: dict = field(default_factory=dict)
     read: torch.Tensor | None = None
     guarded: torch.Tensor | None = None
@@ -257,6 +259,15 @@ class Forward:
                 "tokenizer.padding_side = 'left'."
             )
         return flat[real.any(1)]
+
+    def leave_behind(self, layer, batch, states):
+        """Remember the hidden states `(1, T, H)` with which tokens entered a layer that drops some of them."""
+        if self.keeps_states or torch.is_grad_enabled():
+            self.left_behind.append((layer, (batch.index, states)))
+            return
+        if self.flat is None:
+            self.flat = states.new_zeros(batch.batch_size * batch.seq_len, states.shape[-1])
+        self.flat.index_copy_(0, batch.index, states[0].to(self.flat.dtype))
 
     def summary(self, batch):
         """`(T,)` bool: tokens that are there to be read by heads."""

@@ -210,20 +210,27 @@ class PackedBatch:
         flat = padded.reshape(1, self.batch_size * self.seq_len, *padded.shape[2:])
         return flat if self.dense else flat[:, self.index]
 
-    def unpack(self, packed, before=()):
+    def unpack(self, packed, before=(), onto=None):
         """`(1, T, H)` -> `(B, S, H)`; zeros where nothing is known.
 
         Args:
             packed: hidden states of the tokens of this batch.
-            before: pairs `(index, rows)` of earlier states, oldest first: flat positions `(D,)` and `(1, D, H)`. A token has the
-                latest that is known of it.
+            before: pairs `(index, states)` of earlier states, oldest first: flat positions `(D,)` and `(1, D, H)`, in the first pair
+                of all tokens there are. A token has the latest that is known of it.
+            onto: `(B * S, H)` earlier states as they are to be, or None; they are written over.
         """
         if self.dense:
             return packed.reshape(self.batch_size, self.seq_len, packed.shape[-1])
-        flat = packed.new_zeros(self.batch_size * self.seq_len, packed.shape[-1])
-        for index, rows in (*before, (self.index, packed)):
-            flat.index_copy_(0, index, rows[0].to(flat.dtype))
-        return flat.view(self.batch_size, self.seq_len, -1)
+        index, rows = self.index, packed[0]
+        if before:  # one selection of rows, whose gradient costs no more than they do
+            known = [*(earlier for earlier, _ in before), index]
+            latest = torch.zeros(self.batch_size * self.seq_len, dtype=torch.long, device=index.device)
+            for some, start in zip(known, accumulate(map(len, known), initial=0), strict=False):
+                latest[some] = torch.arange(start, start + len(some), device=index.device)
+            index = known[0]
+            rows = torch.cat([*(states[0].to(rows.dtype) for _, states in before), rows]).index_select(0, latest[index])
+        flat = rows.new_zeros(self.batch_size * self.seq_len, rows.shape[-1]) if onto is None else onto.to(rows.dtype)
+        return flat.index_copy_(0, index, rows).view(self.batch_size, self.seq_len, -1)
 
     @cached_property
     def lengths_by_token(self):

@@ -312,7 +312,7 @@ class TokenPruner(nn.Module):
         if rows.shape[0] == batch.total:
             return batch, states
         if not forward.pooled_only:
-            forward.left_behind.append((number, (batch.index, states)))
+            forward.leave_behind(number, batch, states)
         return chosen, states.index_select(1, rows)
 
     @torch.compiler.disable
@@ -343,14 +343,14 @@ class TokenPruner(nn.Module):
                 weights = call.survivors.weights[:, None].to(states.dtype)
                 states = weights * states + (1 - weights) * call.stay(call.entered)
             if call.rows is not None:
-                forward.left_behind.append((call.layer, (call.batch.index, call.entered)))
+                forward.leave_behind(call.layer, call.batch, call.entered)
         active.call = None
         if self.remembers:
             call.left = states
         elif call.scorer is None or not self.training:  # a scorer that gradient checkpointing runs again reads them again
             call.entered = None
         if call.layer == self.layer_count - 1:
-            states = call.survivors.unpack(states, [before for _, before in forward.left_behind])
+            states = call.survivors.unpack(states, [before for _, before in forward.left_behind], forward.flat)
             if is_sharded(layer):  # FSDP2 hangs a hook on what a layer returns and warns of views
                 states = states.clone()
         return (states, *output[1:]) if isinstance(output, tuple) else states

@@ -165,7 +165,7 @@ class Scorer(nn.Module):
             context: `(T, width)` what its attention has brought together for them.
         """
         score = self.received.float() * received.float().clamp(min=1e-9).log()
-        with torch.autocast(received.device.type, enabled=False):  # of two tokens, a few bits can decide which goes
+        with torch.autocast(received.device.type, enabled=False):  # ranks want more bits than half precision has
             told = self.entered.float() @ self.norms["entered"](entered).T
             told = told + self.context.float() @ self.norms["context"](context).T
         score = score + told[0]
