@@ -36,7 +36,7 @@ RUNS = {
     "tokens": lambda: {"method": top(schedule=PLAN), "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
     "strong": lambda: {"method": top(schedule=PLAN, gate_lr=100.0), **PLAIN},
     "lagrangian": lambda: {"method": top(schedule=PLAN, constraint="lagrangian")},
-    "learned": lambda: {"method": top(schedule=PLAN, importance="learned", rank_weight=0.0, gate_lr=1.0), **PLAIN},
+    "learned": lambda: {"method": top(schedule=PLAN, importance="learned", rank_weight=0.0, gate_lr=30.0), **PLAIN},
     "samplers": lambda: {"method": tp.InforCoef(static_macs=None, target_macs=0.6, schedule=PLAN), **PLAIN},
     "not finite": lambda: {"method": top(schedule=PLAN, gate_lr=100.0), "spoiled": (1, 4), **PLAIN},
     "bf16": lambda: {"method": top(schedule=PLAN), "bf16": True},

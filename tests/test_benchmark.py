@@ -348,7 +348,7 @@ def test_overview(bench, runs):
         "|---|---|---|---|---|",
         "| MRPC (accuracy, test, 2,500 to train on) | 86.0 ± 1.4 | 2.0 x | 70.0 of 85.0 (2.0 x) | 80.5 ± 0.7 (2.0 x) |",
         "|  | 86.0 ± 1.4 | 2.5 x |  | 80.5 ± 0.7 (2.5 x) |",
-        "| mean of all, each at its first target, against dense |  |  | -15.0 (2.00 x) | -5.5 (2.00 x) |",
+        "| mean over all tasks, each at the method's smallest target, against dense |  |  | -15.0 (2.00 x) | -5.5 (2.00 x) |",
     ]
     text = "a\n<!-- table:benchmark -->\nold\n<!-- end -->\nb"
     table = bench.report.overview(runs, {"structured": "Weights", "top": "Tokens"}).splitlines()

@@ -81,7 +81,7 @@ class InforCoef(GatedMethod):
         if self.static_macs is not None and self.target_macs is not None and self.target_macs >= self.static_macs:
             self.refuse(
                 "target_macs",
-                f"less than static_macs={self.static_macs}, since dropping tokens comes on top of cutting weights",
+                f"less than static_macs={self.static_macs}, which cutting weights alone reaches; set that to more, too, or to None",
             )
         if bool(self.schedule.static) != (self.static_macs is not None):
             self.refuse(
