@@ -81,7 +81,7 @@ class ToP(GatedMethod):
         50
     """
 
-    NEIGHBOURS = 8  # on the held-out part of WikiQA .694, .679 without; SQuAD and STS-B gain, too
+    NEIGHBOURS = 8  # F1 on SQuAD is 7 points better than with 0; elsewhere they are as good as each other
 
     sites: tuple[int, ...] | None = None
     rank_bins: int = 50
