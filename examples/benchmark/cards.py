@@ -48,15 +48,11 @@ def write(config, results, place):
         for file in (config, *CODE.glob("[!_]*.py")):  # with the code as it is now
             shutil.copy(file, new)
         evaluation = read_results(results, json.loads(config.read_text())["token_pruning"].get("method"))
-        write_card(new, evaluation, base_model=BASE, license=LICENSE, plot=True, repo_id=f"user/{name_of(place)}")
+        repo_id = f"user/{BASE.rpartition('/')[2]}-{place.name}"
+        write_card(new, evaluation, base_model=BASE, license=LICENSE, plot=True, repo_id=repo_id)
         for name in ("README.md", "config.json", "tokens_per_layer.png"):
             if (Path(new) / name).exists():
                 write_file(place / name, (Path(new) / name).read_bytes())
-
-
-def name_of(place):
-    """The repository of a model."""
-    return f"{BASE.rpartition('/')[2]}-{place.name}"
 
 
 if __name__ == "__main__":
