@@ -620,6 +620,12 @@ def test_a_budget_out_of_reach_names_one_that_is_not(tmp_path):
         trainer_for(tmp_path, top(target_macs=float(shares[0]) - 0.01))
 
 
+@pytest.mark.parametrize(("target", "told"), [(0.95, True), (0.5, False)])
+def test_a_budget_that_is_met_already_is_told(tmp_path, caplog, target, told):
+    trainer_for(tmp_path, top(target_macs=target)).train()
+    assert [record.message.startswith("ToP: a target of 0.95 is met already") for record in caplog.records] == [True] * told
+
+
 REFUSED = {
     "out of reach": (top(target_macs=0.1), {}),
     "no such layer": (top(sites=(9,)), {}),

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, dataclass, field
 
 from torch import nn
+from transformers.utils import logging
 
 from ..budget import Lengths
 from ..errors import ConfigError, TrainingError
@@ -12,6 +13,8 @@ from ..processes import total_of
 from ..schedule import Schedule
 from .base import Objective
 from .layers import LayerDistillation
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +189,24 @@ class GatedObjective(Objective):
         if self.moment.phase not in ("dense", self.gated_phase, "settle"):
             return
         self._tell_time()
+        if self.moment.phase == self.gated_phase:
+            self._tell_if_idle()
         spent = self.gates.harden(gated=self.moment.phase != "dense")
         if self.moment.phase != "dense" and spent > self.gates.target() + 1e-5 and not self.told:
             self.told = True
             self.tell_out_of_reach(spent)
+
+    def _tell_if_idle(self):
+        """Say so if there is nothing to do. How long the texts are is known after the first step."""
+        gates = self.gates
+        if self.told or not gates.on_host.of(gates.state.lengths)[0] or gates.everything() > gates.final:
+            return
+        self.told = True
+        logger.warning(
+            f"{type(self.config).__name__}: a target of {gates.final:g} is met already. With every token and every weight this model "
+            f"spends {gates.everything():.3f} of the dense model's {gates.cost} on these texts, once it is packed, so nothing is "
+            "dropped and nothing cut. Ask for less."
+        )
 
     def tell_out_of_reach(self, spent):
         """The texts are too short, or the model too small, for the target: say so."""
