@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 import hf_tokenprune as tp
 from hf_tokenprune.methods import saliency
-from hf_tokenprune.methods.saliency import SaliencyLoss, _said
+from hf_tokenprune.methods.saliency import SaliencyLoss, _said, from_here_on
 from hf_tokenprune.surgery import operate
 from hf_tokenprune.training import _group_of
 
@@ -396,8 +396,20 @@ def test_after_surgery_a_site_is_taught_by_the_layer_that_it_was(monkeypatch):
         one.token_pruner.remembers = True
         run(one, inputs)
     calls = teacher.token_pruner.last_forward.calls
-    loss.gradients = [torch.full_like(call.entered, number) for number, call in enumerate(calls)]
+    loss.gradients = [torch.full_like(call.entered, 3.0) for call in calls]
     seen = []
-    monkeypatch.setattr(saliency, "listwise", lambda scores, salient, mask: seen.append(salient[mask]) or scores.sum())
+    monkeypatch.setattr(saliency, "listwise", lambda scores, salient, _: seen.append(salient) or scores.sum())
     loss.losses(SimpleNamespace(model=model, pruner=model.token_pruner, teacher=teacher))
-    assert [salient.unique().round().tolist() for salient in seen] == [[round(number * 32**0.5)] for number in (0, 2, 3)]
+    # Each layer's shares add up to 1 per text: of the last layer alone there is 1, of the first on one for each.
+    assert [salient.sum(1).round().unique().tolist() for salient in seen] == [[DEPTH - number] for number in (0, 2, 3)]
+
+
+def test_what_a_site_is_taught_is_shares_of_its_own_layer_and_of_those_after_it():
+    gradients = [torch.zeros(2, 4, 3) for _ in range(3)]
+    norms = torch.tensor([[[1.0, 3, 0, 0], [2, 2, 4, 0]], [[5, 5, 0, 0], [1, 1, 8, 0]], [[0, 7, 0, 0], [1, 0, 1, 0]]])
+    for gradient, norm in zip(gradients, norms, strict=True):
+        gradient[..., 1] = -norm
+    found = from_here_on(gradients)
+    torch.testing.assert_close(found[2], torch.tensor([[0, 1.0, 0, 0], [0.5, 0, 0.5, 0]]))
+    torch.testing.assert_close(found[1], torch.tensor([[0.5, 1.5, 0, 0], [0.6, 0.1, 1.3, 0]]))
+    torch.testing.assert_close(found[0], torch.tensor([[0.75, 2.25, 0, 0], [0.85, 0.35, 1.8, 0]]))

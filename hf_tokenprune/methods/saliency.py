@@ -1,5 +1,7 @@
 """Saliency: how much what a teacher says hangs on each token in each layer, and scorers that learn to foresee it."""
 
+from itertools import accumulate
+
 import torch
 from torch.nn.functional import normalize
 
@@ -12,8 +14,9 @@ class SaliencyLoss(Helper):
     """Teaches the scorers at the sites which tokens the teacher's judgement hangs on, while the gates are learned and after.
 
     The saliency of a token in a layer is the norm of the gradient of what the teacher says with respect to the hidden state with
-    which the token enters that layer: one backward pass through the teacher gives it for all layers. The loss goes on into the
-    encoder, whose early layers learn to find these tokens.
+    which the token enters that layer: one backward pass through the teacher gives it for all layers. A site is taught each token's
+    share in the saliency of its own layer and, as much, of each later one: a token that is dropped is missing in all of them, and
+    the later ones know better where the answer is. The loss goes on into the encoder, whose early layers learn to find these tokens.
     """
 
     def __init__(self, model, weight):
@@ -48,17 +51,29 @@ class SaliencyLoss(Helper):
             return {}
         gradients, self.gradients = self.gradients, None
         theirs = objective.teacher.token_pruner.last_forward.calls
+        ahead = from_here_on([call.batch.unpack(g.float()) for call, g in zip(theirs, gradients, strict=True)])
         losses, left = [], get_layers(*find_encoder(objective.model))
         for site in map(int, objective.pruner.sites):
             call = objective.pruner.last_forward.calls[site]
             if call.importance is None:  # while settling, at a site that keeps every token
                 continue
             was = site if len(left) == len(self.layers) else self.layers.index(left[site])  # before layers were cut out
-            layer = was * len(theirs) // len(self.layers)
-            salient = theirs[layer].batch.unpack(gradients[layer].float()).norm(dim=-1)
             scores, mask = padded_importance(call, call.protected)
-            losses.append(listwise(scores, salient, mask))
+            losses.append(listwise(scores, ahead[was * len(theirs) // len(self.layers)], mask))
         return {"importance": self.weight * torch.stack(losses).mean()} if losses else {}
+
+
+def from_here_on(gradients):
+    """What of a teacher's judgement hangs on each token, in a layer or later.
+
+    Args:
+        gradients: per layer, `(B, S, H)` of the states that enter it; 0 for padding.
+
+    Returns:
+        Per layer, `(B, S)`: the sum over it and all later layers of each token's share in the norms of its text's gradients.
+    """
+    shares = [normalize(gradient.norm(dim=-1), p=1, dim=-1) for gradient in gradients]
+    return list(accumulate(reversed(shares)))[::-1]
 
 
 def _let_it_have_a_gradient(layer, args):

@@ -144,7 +144,7 @@ class Scorer(nn.Module):
         near: how many neighbours to either side are read, 0 = none.
     """
 
-    GAIN = 10.0  # it has to learn within an epoch, at the learning rate of the weights
+    GAIN = 30.0  # it has to learn within an epoch, at the learning rate of the weights
 
     def __init__(self, hidden, width, near=0):
         super().__init__()
