@@ -620,10 +620,39 @@ def test_a_budget_out_of_reach_names_one_that_is_not(tmp_path):
         trainer_for(tmp_path, top(target_macs=float(shares[0]) - 0.01))
 
 
-@pytest.mark.parametrize(("target", "told"), [(0.95, True), (0.5, False)])
-def test_a_budget_that_is_met_already_is_told(tmp_path, caplog, target, told):
-    trainer_for(tmp_path, top(target_macs=target)).train()
-    assert [record.message.startswith("ToP: a target of 0.95 is met already") for record in caplog.records] == [True] * told
+MET = {
+    "tokens": (top(target_macs=0.95), "ToP: target_macs=0.95 is met already"),
+    "after a dense phase": (top(target_macs=0.95, schedule=tp.Schedule()), "ToP: target_macs=0.95 is met already"),
+    "lagrangian": (top(target_macs=0.95, constraint="lagrangian"), "ToP: target_macs=0.95 is met already"),
+    "both": (
+        tp.Compose(tp.StructuredPruning(), tp.ToP(), target_macs=0.95, teacher=None), "Compose: target_macs=0.95 is met already"
+    ),
+    "static phase": (tp.InforCoef(static_macs=0.95, target_macs=0.6, teacher=None), "InforCoef: static_macs=0.95 is met already"),
+    "not met": (top(target_macs=0.5), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MET)
+def test_a_budget_that_is_met_already_is_told_once(tmp_path, caplog, what):
+    method, said = MET[what]
+    trainer_for(tmp_path, method).train()
+    found = [record.message for record in caplog.records if "met already" in record.message]
+    assert len(found) == (said is not None)
+    assert all(message.startswith(said) for message in found)
+
+
+def test_parameters_that_have_gone_already_are_told(tmp_path, caplog):
+    def run(share, model=None):
+        method = tp.StructuredPruning(target_params=share, teacher=None, schedule=tp.Schedule(dense=0))
+        trainer = trainer_for(tmp_path, method, **({} if model is None else {"model": model}))
+        trainer.train()
+        return trainer
+
+    run(0.5).save_model(tmp_path / "cut")
+    assert "met already" not in caplog.text
+    run(0.9, tp.from_pretrained(tmp_path / "cut"))
+    assert "StructuredPruning: target_params=0.9 is met already" in caplog.text
+    assert "of the dense model's parameters" in caplog.text
 
 
 REFUSED = {

@@ -111,7 +111,7 @@ class GatedObjective(Objective):
         super().__init__(model, config.distill_weight)
         self.config, self.gates, self.helpers, self.gated_phase = config, gates, helpers, phase
         self.pruner.training_state = gates.state
-        self.told = False
+        self.told = self.told_idle = False
         self.observed = [0, 0, 0]
 
     def start_run(self, learning_rate, steps):
@@ -124,7 +124,7 @@ class GatedObjective(Objective):
         self.gates.start_run(learning_rate, steps[self.gated_phase])
         for helper in self.helpers:
             helper.start_run()
-        self.told = False
+        self.told = self.told_idle = False
 
     def parameters(self):
         return [*self.pruner.training_state.parameters(), *self.pruner.sites.parameters()]
@@ -189,7 +189,7 @@ class GatedObjective(Objective):
         if self.moment.phase not in ("dense", self.gated_phase, "settle"):
             return
         self._tell_time()
-        if self.moment.phase == self.gated_phase:
+        if self.moment.phase != "settle":
             self._tell_if_idle()
         spent = self.gates.harden(gated=self.moment.phase != "dense")
         if self.moment.phase != "dense" and spent > self.gates.target() + 1e-5 and not self.told:
@@ -197,16 +197,24 @@ class GatedObjective(Objective):
             self.tell_out_of_reach(spent)
 
     def _tell_if_idle(self):
-        """Say so if there is nothing to do. How long the texts are is known after the first step."""
+        """Say so if there is nothing to do, as soon as the length of some texts is known."""
         gates = self.gates
-        if self.told or not gates.on_host.of(gates.state.lengths)[0] or gates.everything() > gates.final:
+        if self.told_idle or not gates.on_host.of(gates.state.lengths)[0]:
             return
-        self.told = True
-        logger.warning(
-            f"{type(self.config).__name__}: a target of {gates.final:g} is met already. With every token and every weight this model "
-            f"spends {gates.everything():.3f} of the dense model's {gates.cost} on these texts, once it is packed, so nothing is "
-            "dropped and nothing cut. Ask for less."
-        )
+        self.told_idle, spent = True, gates.everything()
+        if spent <= gates.final:
+            self.tell_idle(
+                f"={gates.final:g} is met already: with everything left, this model has {spent:.3f} of the dense model's "
+                + (
+                    "MACs to do on texts like these, once it is packed."
+                    if gates.cost == "macs"
+                    else "parameters in its layers."
+                )
+            )
+
+    def tell_idle(self, met):
+        """Say that there is nothing to do; `met` says what is met, from the equals sign on."""
+        logger.warning(f"{type(self.config).__name__}: target_{self.gates.cost}{met} Nothing will go. Ask for less.")
 
     def tell_out_of_reach(self, spent):
         """The texts are too short, or the model too small, for the target: say so."""

@@ -335,6 +335,9 @@ class InforCoefObjective(StructuredObjective):
                 super().harden()
             self._set_offset(float("inf"))
 
+    def tell_idle(self, met):
+        logger.warning(f"InforCoef: static_macs{met} The static phase will cut nothing.")
+
     def end_phase(self, phase, optimizer):
         if phase == "static" and self.pruner.structure is not None:
             self.gates.progress = 1.0

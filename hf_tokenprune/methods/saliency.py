@@ -14,9 +14,9 @@ class SaliencyLoss(Helper):
     """Teaches the scorers at the sites which tokens the teacher's judgement hangs on, while the gates are learned and after.
 
     The saliency of a token in a layer is the norm of the gradient of what the teacher says with respect to the hidden state with
-    which the token enters that layer: one backward pass through the teacher gives it for all layers. A site is taught each token's
-    share in the saliency of its own layer and, as much, of each later one: a token that is dropped is missing in all of them, and
-    the later ones know better where the answer is. The loss goes on into the encoder, whose early layers learn to find these tokens.
+    which the token enters that layer: one backward pass through the teacher gives it for all layers. What is taught is the token's
+    share in the saliency of its text, summed over the site's layer and all later ones: they will miss what is dropped, and know
+    better what the answer is made of. The loss goes on into the encoder, whose early layers learn to find these tokens.
     """
 
     def __init__(self, model, weight):
@@ -51,7 +51,8 @@ class SaliencyLoss(Helper):
             return {}
         gradients, self.gradients = self.gradients, None
         theirs = objective.teacher.token_pruner.last_forward.calls
-        ahead = from_here_on([call.batch.unpack(g.float()) for call, g in zip(theirs, gradients, strict=True)])
+        norms = [gradient.float().norm(dim=-1, keepdim=True) for gradient in gradients]
+        ahead = from_here_on([call.batch.unpack(norm)[..., 0] for call, norm in zip(theirs, norms, strict=True)])
         losses, left = [], get_layers(*find_encoder(objective.model))
         for site in map(int, objective.pruner.sites):
             call = objective.pruner.last_forward.calls[site]
@@ -63,17 +64,17 @@ class SaliencyLoss(Helper):
         return {"importance": self.weight * torch.stack(losses).mean()} if losses else {}
 
 
-def from_here_on(gradients):
+def from_here_on(saliency):
     """What of a teacher's judgement hangs on each token, in a layer or later.
 
     Args:
-        gradients: per layer, `(B, S, H)` of the states that enter it; 0 for padding.
+        saliency: per layer, `(B, S)`; 0 for padding.
 
     Returns:
-        Per layer, `(B, S)`: the sum over it and all later layers of each token's share in the norms of its text's gradients.
+        Per layer, `(B, S)`: the sum over it and all later layers of each token's share in the saliency of its text. Where a summary
+        token takes most of a layer's, there is less to be shared out.
     """
-    shares = [normalize(gradient.norm(dim=-1), p=1, dim=-1) for gradient in gradients]
-    return list(accumulate(reversed(shares)))[::-1]
+    return list(accumulate(normalize(layer, p=1, dim=-1) for layer in reversed(saliency)))[::-1]
 
 
 def _let_it_have_a_gradient(layer, args):
