@@ -364,6 +364,23 @@ def test_the_mean_over_tasks_is_of_each_task_s_first_target(bench, runs):
     assert bench.report.overview([*runs, *more]).splitlines()[-1].endswith(f"|  |  |  | {lost:+.1f} (2.25 x) |")
 
 
+def test_seeds_of_unlike_settings_are_not_averaged(bench, runs, tmp_path):
+    first, second = runs[:2]
+    first["settings"] = {"name": "top", "teacher": "a", "neighbours": 8, "sites": None, "schedule": {"anneal": 1}}
+    for change, said in (
+        ({"teacher": "b", "sites": [1]}, None),
+        ({"schedule": {"anneal": 2}}, "schedule.anneal is 1 in seed 0 and 2"),
+    ):
+        second["settings"] = {**first["settings"], **change}
+        for run in (first, second):
+            (tmp_path / f"{run['seed']}.json").write_text(json.dumps(run))
+        if said is None:
+            assert len(bench.report.load(tmp_path)) == 2
+        else:
+            with pytest.raises(SystemExit, match=said):
+                bench.report.load(tmp_path)
+
+
 def test_report_writes_pages_and_plots(bench, runs, tmp_path):
     for number, run in enumerate(runs):
         bench.files.write_json(tmp_path / "results" / f"{number}.json", run)

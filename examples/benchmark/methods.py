@@ -70,7 +70,7 @@ METHODS = {
 }
 
 
-def prune(method, task, splits, tokenizer, *, budget, teacher, work, learning_rate, epochs, seed):
+def prune(method, task, splits, tokenizer, *, budget, teacher, work, learning_rate, epochs, batch_size, seed):
     """A pruned model from the dense one in the folder `teacher`.
 
     Returns:
@@ -94,7 +94,7 @@ def prune(method, task, splits, tokenizer, *, budget, teacher, work, learning_ra
         return model, settings, None
     trainer = Distilling(
         model,
-        arguments(work, learning_rate=learning_rate, epochs=epochs, batch_size=task.batch_size, seed=seed),
+        arguments(work, learning_rate=learning_rate, epochs=epochs, batch_size=batch_size, seed=seed),
         train_dataset=train.features,
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=callbacks,
@@ -105,7 +105,7 @@ def prune(method, task, splits, tokenizer, *, budget, teacher, work, learning_ra
     training = {
         "learning_rate": learning_rate,
         "epochs": epochs,
-        "batch_size": task.batch_size,
+        "batch_size": batch_size,
         "train_rows": len(splits["train"]),
         "seconds": time.perf_counter() - started,
         "log": trainer.state.log_history,

@@ -32,9 +32,28 @@ ORDER = ("dense", "topk", "topk-trained", "top-attention", "top-alone", "top", "
 
 
 def load(folder):
-    """All runs in a folder."""
+    """All runs in a folder. Seeds of one method must have been run with the same settings: they are averaged."""
     files = sorted(Path(folder).glob("*.json"))
-    return [json.loads(file.read_text()) for file in files if not file.name.startswith("dense-")]
+    runs = [json.loads(file.read_text()) for file in files if not file.name.startswith("dense-")]
+    known = {}
+    for run in runs:
+        for name, value in settings(run.get("settings") or {}):
+            first = known.setdefault((run["task"], run["method"], run["budget"], name), (value, run["seed"]))
+            if value != first[0]:
+                raise SystemExit(
+                    f"{run['task']}, {run['method']} {run['budget']:g}: {name} is {first[0]!r} in seed {first[1]} and {value!r} in "
+                    f"seed {run['seed']}. Such scores cannot be averaged: remove the runs of one kind from {folder}."
+                )
+    return runs
+
+
+def settings(given, path=""):
+    """Names and values of all settings that are known; what was left open (None) may have become anything."""
+    for name, value in given.items():
+        if isinstance(value, dict):
+            yield from settings(value, f"{path}{name}.")
+        elif value is not None and name != "teacher":
+            yield path + name, value
 
 
 def by_task(runs):
@@ -125,7 +144,7 @@ def over_tasks(runs, method):
             return ""
         differences.append(100 * (mean(group, "score") - mean(dense, "score")))
         reductions.append(mean(group, "reduction", "true_length"))
-    return f"{statistics.fmean(differences):+.1f} ({statistics.fmean(reductions):.2f} x)"
+    return f"{round(statistics.fmean(differences), 1) + 0.0:+.1f} ({statistics.fmean(reductions):.2f} x)"
 
 
 COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same tuned dense model, which is also its teacher.

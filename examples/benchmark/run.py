@@ -41,6 +41,7 @@ def parse(arguments=None):
     smaller.add_argument("--eval-limit", type=int, help="rows to report on, 0 = all")
     smaller.add_argument("--epochs", type=float, help="of a method's training")
     smaller.add_argument("--learning-rate", type=float, help="of a method's training; default: as the dense model's")
+    smaller.add_argument("--batch-size", type=int, help="of a method's training")
     smaller.add_argument("--bench-texts", type=int, help="texts to time, 0 = do not time")
     smaller.add_argument("--bench-repeats", type=int, default=3)
     smaller.add_argument(
@@ -105,6 +106,7 @@ def run(task, splits, tokenizer, args, command, method, budget, seed):
                 work=work,
                 learning_rate=args.learning_rate or dense.chosen_rate(task, args),
                 epochs=args.epochs or task.method_epochs,
+                batch_size=args.batch_size or task.batch_size,
                 seed=seed,
             )
             folder = Path(work) / "pruned"
