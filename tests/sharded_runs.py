@@ -39,10 +39,10 @@ RUNS = {
     "learned": lambda: {"method": top(schedule=PLAN, importance="learned", rank_weight=0.0, gate_lr=30.0), **PLAIN},
     "samplers": lambda: {"method": tp.InforCoef(static_macs=None, target_macs=0.6, schedule=PLAN), **PLAIN},
     "not finite": lambda: {"method": top(schedule=PLAN, gate_lr=100.0), "spoiled": (1, 4), **PLAIN},
-    "bf16": lambda: {"method": top(schedule=PLAN), "bf16": True},
+    "bf16": lambda: {"method": top(schedule=PLAN), "bf16": True, "logging_steps": 1},
     "tokens, dense before": lambda: {"method": top(schedule=LATER)},
     "strong, dense before": lambda: {"method": top(schedule=LATER, gate_lr=100.0), **PLAIN},
-    "bf16, dense before": lambda: {"method": top(schedule=LATER), "bf16": True},
+    "bf16, dense before": lambda: {"method": top(schedule=LATER), "bf16": True, "logging_steps": 1},
     "not finite, dense before": lambda: {"method": top(schedule=LATER, gate_lr=100.0), "spoiled": (3,), **PLAIN},
     "own schedule, dense before": lambda: {"method": top(schedule=LATER)},
     "embeddings, dense before": lambda: {

@@ -54,6 +54,10 @@ class Part:
         """A little to add to the scores where equal ones have an order all the same."""
         return 0.0
 
+    def even_out(self, information):
+        """`(size,)` measured information without what can only be chance."""
+        return information
+
     def worth(self):
         """What to add to the logarithm of measured information: how much more a thing is worth by the time its turn comes."""
         return torch.zeros(self.size)
@@ -107,11 +111,10 @@ class BudgetedGates:
 
     "projected" holds the expected cost exactly: in each step all gates are shifted by what meets the target, and what would
     change the cost is taken from their gradient. They get steeper towards the end, so that the soft model ends as the hard one.
-    Weights have no order to start in as ranks of tokens have. So in the first steps, while all gates are 1, their Fisher
-    information is measured (squared gradients of the loss, summed over batches: how much the loss would rise without the part,
-    as in Kwon et al. 2022, arXiv 2204.09656), and the gates start in the order of information per MAC. At the
-    optimum of separable losses that is what decides, whatever the part is: so one budget shares itself out among tokens,
-    heads, units and blocks.
+    In the first steps, while all gates are 1, their Fisher information is measured (squared gradients of the loss, summed over
+    batches: how much the loss would rise without the part, as in Kwon et al. 2022, arXiv 2204.09656), and the gates start in the
+    order of information per MAC. At the optimum of separable losses that is what decides, whatever the part is: so one budget
+    shares itself out among layers, and among tokens, heads, units and blocks.
 
     Args:
         model: the model, attached.
@@ -120,7 +123,6 @@ class BudgetedGates:
         target: the share of cost to end at.
         constraint: "projected" or "lagrangian".
         gate_lr: see `ToP`.
-        measured: measure information first.
         cost: "macs", or "params" of the layers.
     """
 
@@ -130,11 +132,11 @@ class BudgetedGates:
     FARTHEST = 12.0  # log-odds of a gate at most, at first
     TRIED, ROUNDS = 16, 8  # to find the shift: values tried at once, and how often
 
-    def __init__(self, model, parts, budget, *, target, constraint, gate_lr, measured, cost="macs"):
+    def __init__(self, model, parts, budget, *, target, constraint, gate_lr, cost="macs"):
         self.parts, self.budget = parts, budget
         self.final, self.constraint, self.gate_lr, self.cost = target, constraint, gate_lr, cost
         self.projected = constraint == "projected"
-        self.measured = measured and self.projected
+        self.measured = self.projected and bool(parts)
         self.sizes = [part.size for part in parts]
         cuts = any(part.cuts_weights for part in parts)
         self.state = Gates(sum(self.sizes), sizes_of(model) if cuts else None).to(model.device)
@@ -279,7 +281,8 @@ class BudgetedGates:
         with torch.enable_grad():
             ones = torch.ones(sum(self.sizes), requires_grad=True)
             (saved,) = torch.autograd.grad(self.share(self.scores(ones)), ones)
-        information = self.state.information.cpu()
+        pieces = self.state.information.cpu().split(self.sizes)
+        information = torch.cat([part.even_out(piece) for part, piece in zip(self.parts, pieces, strict=True)])
         matters = self.shifted & (saved > 0)
         gain = (information + 1e-12 * information.max()).log() - saved.clamp(min=1e-20).log()
         gain = gain + torch.cat([part.worth() for part in self.parts])

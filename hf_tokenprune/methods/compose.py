@@ -75,7 +75,7 @@ class Compose(GatedMethod):
         bins = self.tokens.bins(model, sites, in_order=projected)
         gates = BudgetedGates(
             model, [weights, bins], Budget(model),
-            target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=True,
+            target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr,
         )  # fmt: skip
         return StructuredObjective(model, self, gates, helpers=[
             *self.layer_distillation(model, gates.state, matched=True),

@@ -131,7 +131,7 @@ class InforCoef(GatedMethod):
         weights = [] if self.static_macs is None else [WeightGates(model, static.layout(model))]
         gates = BudgetedGates(
             model, weights, Budget(model, sites=[]),
-            target=self.static_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=bool(weights),
+            target=self.static_macs, constraint=self.constraint, gate_lr=self.gate_lr,
         )  # fmt: skip
         helpers = [*self.layer_distillation(model, gates.state, matched=bool(weights)), Foresight()]
         return InforCoefObjective(model, self, gates, helpers=helpers)

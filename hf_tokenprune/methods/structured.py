@@ -87,7 +87,7 @@ class StructuredPruning(GatedMethod):
         gates = BudgetedGates(
             model, [weights], Budget(model),
             target=self.target_macs or self.target_params, constraint=self.constraint, gate_lr=self.gate_lr,
-            measured=True, cost="macs" if self.target_params is None else "params",
+            cost="macs" if self.target_params is None else "params",
         )  # fmt: skip
         if self.target_params is not None and self.target_params < (least := gates.least()):  # MACs depend on the texts
             self.refuse("target_params", f"out of reach, {math.ceil(1000 * least) / 1000} are left with all of these parts cut")

@@ -44,7 +44,8 @@ class ToP(GatedMethod):
     Two ways to hold the target. "lagrangian" is the paper's: all gates start open and alike, and multipliers are learned that
     press on all of them; they need thousands of steps to follow. "projected" holds it exactly in every step: a common shift of all
     gates is solved for, and the gates' gradient is projected onto the plane of equal cost, so that the task only moves tokens
-    from one bin or layer to another. The gates start in the order of rank and get steeper over the annealing. A gate of a site
+    from one bin or layer to another. In the first 15 % of the annealing nothing is dropped, and each gate's Fisher information is
+    measured; the gates start in the order of information per MAC, so that each site gets its share, and get steeper. A gate of a site
     that is half open lets more tokens through than is expected of it, so that while annealing the soft model spends more than the
     target; the hard one does not.
 
@@ -135,7 +136,7 @@ class ToP(GatedMethod):
         bins = self.bins(model, sites, in_order=self.constraint == "projected")
         gates = BudgetedGates(
             model, [bins], Budget(model),
-            target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr, measured=False,
+            target=self.target_macs, constraint=self.constraint, gate_lr=self.gate_lr,
         )  # fmt: skip
         return ToPObjective(model, self, gates, helpers=[
             *self.layer_distillation(model, gates.state, matched=False), *self.ranking(model, sites), *self.saliency(model),
@@ -267,6 +268,13 @@ class TokenBins(Part):
         mask[:, self.bins :] = False
         return mask.flatten()
 
+    def even_out(self, information):
+        """A bin holds no less than those ranked below it. Where texts have fewer tokens than there are bins, many have met none."""
+        table = information.view(len(self.sites), self.gates).clone()
+        for row in table:
+            row[: self.bins] = never_rising(row[: self.bins])
+        return table.flatten()
+
     def worth(self):
         """Information is measured while all tokens are there. When a bin's turn comes, those ranked below are gone and the softmax
         has given their share to the rest: with a part `m` left, a token's influence is `1 / m` times as large."""
@@ -301,6 +309,22 @@ class TokenBins(Part):
     def harden(self, kept, alive):
         for site, row in zip(self.sites, kept.view(len(self.sites), self.bins), strict=True):
             self.pruner.site(site).set_kept(row if alive.get(site, 1) else torch.ones_like(row))
+
+
+def never_rising(values):
+    """The sequence nearest to `values` (least squares) that never rises: rising neighbours are pooled.
+
+    Example:
+        >>> never_rising(torch.tensor([5.0, 0.0, 2.0, 4.0, 1.0]))
+        tensor([5., 2., 2., 2., 1.])
+    """
+    pools = []
+    for value in values.double().tolist():
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
+            (last, many), (before, more) = pools.pop(), pools.pop()
+            pools.append(((last * many + before * more) / (many + more), many + more))
+    return torch.tensor([mean for mean, count in pools for _ in range(count)], dtype=values.dtype)
 
 
 class SoftBins:
