@@ -370,7 +370,12 @@ def test_seeds_of_unlike_settings_are_not_averaged(bench, runs, tmp_path):
     for change, said in (
         ({"teacher": "b", "sites": [1]}, None),
         ({"schedule": {"anneal": 2}}, "schedule.anneal is 1 in seed 0 and 2"),
+        ({"epochs": 3}, "training.epochs is 2 in seed 0 and 3"),
     ):
+        first["training"], second["training"] = (
+            {"epochs": 2, "seconds": 5.0},
+            {"epochs": change.pop("epochs", 2), "seconds": 6.0},
+        )
         second["settings"] = {**first["settings"], **change}
         for run in (first, second):
             (tmp_path / f"{run['seed']}.json").write_text(json.dumps(run))

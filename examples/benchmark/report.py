@@ -37,7 +37,8 @@ def load(folder):
     runs = [json.loads(file.read_text()) for file in files if not file.name.startswith("dense-")]
     known = {}
     for run in runs:
-        for name, value in settings(run.get("settings") or {}):
+        alike = {**(run.get("settings") or {}), "training": {**(run.get("training") or {}), "seconds": None, "log": None}}
+        for name, value in settings({**alike, "limited": run["limited"]}):
             first = known.setdefault((run["task"], run["method"], run["budget"], name), (value, run["seed"]))
             if value != first[0]:
                 raise SystemExit(

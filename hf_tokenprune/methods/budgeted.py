@@ -55,7 +55,7 @@ class Part:
         return 0.0
 
     def even_out(self, information):
-        """`(size,)` measured information without what can only be chance."""
+        """`(size,)` measured information, where it is known how it must run."""
         return information
 
     def worth(self):

@@ -201,8 +201,9 @@ class GatedObjective(Objective):
         gates = self.gates
         if self.told_idle or not gates.on_host.of(gates.state.lengths)[0]:
             return
-        self.told_idle, spent = True, gates.everything()
+        spent = gates.everything()
         if spent <= gates.final:
+            self.told_idle = True
             self.tell_idle(
                 f"={gates.final:g} is met already: with everything left, this model has {spent:.3f} of the dense model's "
                 + (

@@ -27,7 +27,7 @@ class StructuredPruning(GatedMethod):
 
     Hard-concrete gates stand on hidden units, attention heads, FFN units, and whole attention and FFN blocks (CoFi, section
     3.1). Their expected cost is held to a target that tightens linearly; "projected" and "lagrangian" are explained at
-    `ToP`, and for weights "projected" also measures first what each part is worth (see `methods.budgeted.BudgetedGates`). The
+    `ToP` (see `methods.budgeted.BudgetedGates`, too). The
     teacher's logits are distilled, and its layers' hidden states into whichever layers of the student are nearest (section
     3.2). At the end of the annealing the weights are cut: smaller matrices, blocks and layers gone. The rest of the run
     trains the small model.

@@ -30,7 +30,8 @@ class ToP(GatedMethod):
 
     At each site the tokens of a text are ranked by the attention they receive; `rank_bins` gates say which bins of relative rank
     survive, and one gate says whether the site prunes at all (section 4.2). The expected MACs of all gates are held to a target
-    that tightens linearly from what the packed model spends to `target_macs` over four fifths of the annealing (section 4.3).
+    that tightens linearly from what the packed model spends to `target_macs` over four fifths of the annealing (section 4.3), or of
+    what is left of it after measuring, see below.
     The teacher's logits are distilled, and its last layer's ranking of the tokens, with LambdaARP2, into the early layers
     (section 4.1).
 
@@ -245,7 +246,7 @@ class TokenBins(Part):
         model: the model, attached, with `RankBins` at the sites.
         sites: their layers.
         bins: bins per site.
-        in_order: start in the order of rank, rather than all open and alike.
+        in_order: start in the order of rank, rather than all open and alike, where no information could be measured.
         site_gates: is there a gate for the whole site?
     """
 
@@ -269,7 +270,8 @@ class TokenBins(Part):
         return mask.flatten()
 
     def even_out(self, information):
-        """A bin holds no less than those ranked below it. Where texts have fewer tokens than there are bins, many have met none."""
+        """A bin is worth no less than those ranked below it. Where texts have fewer tokens than there are bins, some have met none,
+        and are worth what their neighbours are; but for the last ones, which go first."""
         table = information.view(len(self.sites), self.gates).clone()
         for row in table:
             row[: self.bins] = never_rising(row[: self.bins])
