@@ -123,6 +123,9 @@ class TokenPruneCallback(TrainerCallback):
         gates = list(self.inner.token_pruner.training_state.parameters())
         group = _group_of(optimizer, gates, list(self.objective.parameters()))
         self.objective.sharded = has_engine(optimizer) or is_sharded(model)
+        if has_engine(optimizer) and hasattr(self.objective, "gates"):
+            # It does not forget its moments of the gates, which are of no use once information is measured.
+            self.objective.gates.measured = False
         self.total = state.max_steps
         steps = self.method.schedule.steps(self.total)
         dense, self.objective.steps = steps["dense"], steps

@@ -163,7 +163,7 @@ def test_a_script_trains_a_pruned_model_without_knowing_it(script, home, tmp_pat
     out = tmp_path / "out"
     model, share = spent(out, home)
     assert model.config.token_pruning["method"]["name"] == "top"
-    assert share == pytest.approx(0.6, abs=0.08)
+    assert 0.45 < share < 0.65, "with so few bins, one of a site is a tenth of everything"
     assert 0 <= json.loads((out / "eval_results.json").read_text())[f"eval_{metric}"] <= 1
 
 

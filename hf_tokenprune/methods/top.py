@@ -46,9 +46,10 @@ class ToP(GatedMethod):
     press on all of them; they need thousands of steps to follow. "projected" holds it exactly in every step: a common shift of all
     gates is solved for, and the gates' gradient is projected onto the plane of equal cost, so that the task only moves tokens
     from one bin or layer to another. In the first 15 % of the annealing nothing is dropped, and each gate's Fisher information is
-    measured; the gates start in the order of information per MAC, so that each site gets its share, and get steeper. A gate of a site
-    that is half open lets more tokens through than is expected of it, so that while annealing the soft model spends more than the
-    target; the hard one does not.
+    measured; the gates start in the order of information per MAC, so that each site gets its share, and get steeper (under
+    DeepSpeed, which does not let the optimizer forget, nothing is measured: they start in the order of rank). A gate of a site that
+    is half open lets more tokens through than is expected of it, so that while annealing the soft model spends more than the target;
+    the hard one does not.
 
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's; it must be given. 0.4 is 2.5 times fewer.
