@@ -123,9 +123,7 @@ class TokenPruneCallback(TrainerCallback):
         gates = list(self.inner.token_pruner.training_state.parameters())
         group = _group_of(optimizer, gates, list(self.objective.parameters()))
         self.objective.sharded = has_engine(optimizer) or is_sharded(model)
-        if has_engine(optimizer) and hasattr(self.objective, "gates"):
-            # It does not forget its moments of the gates, which are of no use once information is measured.
-            self.objective.gates.measured = False
+        self.objective.forgets = not has_engine(optimizer)  # it keeps its moments to itself
         self.total = state.max_steps
         steps = self.method.schedule.steps(self.total)
         dense, self.objective.steps = steps["dense"], steps

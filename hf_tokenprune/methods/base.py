@@ -65,6 +65,7 @@ class Objective:
         loss_scale: callable; what mixed precision multiplies the loss by before its backward.
         measures_gap: in the next forward, compare the soft model with the hard one.
         sharded: FSDP2 or DeepSpeed has the parameters.
+        forgets: what the optimizer remembers of `restarted()` parameters can be dropped.
         wrapper: the `DistributedDataParallel` that called the latest forward, or None.
         forwards: the `Forwards` of the running micro-batch.
         readout: what the model's outputs are read for, where the model itself does not know: a callable that makes embeddings
@@ -84,7 +85,7 @@ class Objective:
         self.accumulation = self.processes = 1
         self.loss_scale = lambda: 1.0
         self.measures_gap = False
-        self.wrapper, self.sharded = None, False
+        self.wrapper, self.sharded, self.forgets = None, False, True
         self.forwards = Forwards()
         self.readout = None
         self.traced = None

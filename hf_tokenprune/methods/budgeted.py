@@ -136,7 +136,6 @@ class BudgetedGates:
         self.parts, self.budget = parts, budget
         self.final, self.constraint, self.gate_lr, self.cost = target, constraint, gate_lr, cost
         self.projected = constraint == "projected"
-        self.measured = self.projected and bool(parts)
         self.sizes = [part.size for part in parts]
         cuts = any(part.cuts_weights for part in parts)
         self.state = Gates(sum(self.sizes), sizes_of(model) if cuts else None).to(model.device)
@@ -148,6 +147,7 @@ class BudgetedGates:
         self.gradient = None  # of the running step, with respect to gates that are all 1
         self.progress = 0.0
         self.loss_scale = lambda: 1.0
+        self.forgets = True  # the optimizer can forget the gates as they were while information was measured
 
     def start_run(self, learning_rate, steps):
         """Begin anew: gates at their start, moving `gate_lr` per step, from the optimizer's own learning rate."""
@@ -192,6 +192,11 @@ class BudgetedGates:
         nothing = self.scores(torch.zeros(sum(self.sizes)))
         kept = [part.choose(piece, float("inf")) for part, piece in zip(self.parts, nothing, strict=True)]
         return float(self.share([piece.double() for piece in kept]))
+
+    @property
+    def measured(self):
+        """Is information measured before the gates start?"""
+        return self.projected and bool(self.parts) and self.forgets
 
     @property
     def measuring(self):

@@ -137,7 +137,7 @@ class GatedObjective(Objective):
 
     def _tell_time(self):
         self.gates.progress = self.moment.progress if self.moment.phase == self.gated_phase else 1.0
-        self.gates.loss_scale = self.loss_scale
+        self.gates.loss_scale, self.gates.forgets = self.loss_scale, self.forgets
 
     def prepare(self):
         for helper in self.helpers:
