@@ -6,8 +6,24 @@ import itertools
 import pytest
 import torch
 from families import build, make_inputs, outputs_of
-from test_training import GatesOf, assert_close_state, assert_same_state, logged, some_words, trained
-from test_weights_training import (
+from training_helpers import (
+    GatesOf,
+    Recorder,
+    Rows,
+    Texts,
+    assert_close_state,
+    assert_same_state,
+    at_home,
+    collate,
+    logged,
+    no_dropout,
+    some_words,
+    spent_share,
+    stack,
+    trained,
+    trainer_for,
+)
+from weights_helpers import (
     DENSE_SIZES,
     INPUTS,
     NARROW,
@@ -17,14 +33,12 @@ from test_weights_training import (
     dropout_run,
     dropping,
     face,
-    gates_without_noise,  # noqa: F401 - a fixture
     put_checkpoint,
     said,
     size_of,
     uninterrupted_runs,
     weights,
 )
-from training_helpers import Recorder, Rows, Texts, at_home, collate, no_dropout, spent_share, stack, trainer_for
 
 import hf_tokenprune as tp
 from hf_tokenprune.cost import dense_macs, trace_macs
@@ -271,6 +285,11 @@ def test_the_optimizer_survives_surgery(tmp_path, name):
     hidden = sizes_of(trainer.model)[0]
     assert {sampler.hidden for sampler in trainer.model.token_pruner.sites.values()} == {hidden}
     assert trainer.model.config.token_pruning["sites"][0]["selector"]["hidden"] == hidden
+
+
+@pytest.fixture
+def gates_without_noise(monkeypatch):
+    monkeypatch.setattr(torch, "rand_like", lambda like, **_: torch.full_like(like, 0.5))
 
 
 @pytest.mark.usefixtures("gates_without_noise")

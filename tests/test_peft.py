@@ -22,7 +22,7 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.lora import LoraModel
-from training_helpers import Recorder, Texts, at_home, kept_bins, no_dropout, spent_share, top, trainer_for
+from training_helpers import Recorder, Texts, at_home, kept_bins, no_dropout, spent_share, top, trained, trainer_for
 
 import hf_tokenprune as tp
 
@@ -59,12 +59,6 @@ def lora(folder, **settings):
 
 def pruning(**settings):
     return tp.peft.TokenPruneConfig(**{"target_macs": 0.55, "settings": {"rank_bins": 8}, **settings})
-
-
-def trained(folder, method=None, resume=None, **arguments):
-    trainer = trainer_for(folder, top() if method is None else method, **arguments)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
 
 
 @pytest.fixture(scope="module")

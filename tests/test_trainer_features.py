@@ -1,5 +1,5 @@
-"""The Trainer's other features work with the callback as without it. Resume, accumulation, evaluation and prediction are tested in
-`test_training.py`, several processes in `test_distributed.py`."""
+"""The Trainer's other features work with the callback as without it. Accumulation is tested in `test_whose_loss.py`, evaluation in
+`test_training.py`, resuming in `test_resuming.py`, several processes in `test_distributed.py`."""
 
 import shutil
 

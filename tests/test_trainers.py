@@ -39,7 +39,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from training_helpers import Recorder, at_home, no_dropout, top
+from training_helpers import Recorder, at_home, logged, no_dropout, top
 
 import hf_tokenprune as tp
 from hf_tokenprune.publish import push
@@ -131,10 +131,6 @@ def trainer_for(row, folders, folder, method=None, callbacks=(), model=None, **a
 def inside(model):
     """The transformers model in it."""
     return model.transformers_model
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +318,7 @@ class Sizes(hf.TrainerCallback):
 @pytest.mark.parametrize(("accumulation", "size"), [(1, 6), (2, 3), (5, 2)])
 @pytest.mark.parametrize("row", ROWS)
 def test_the_auxiliary_loss_counts_once_however_many_forwards_a_step_has(folders, tmp_path, row, accumulation, size):
-    from test_training import PullMethod
+    from test_whose_loss import PullMethod
 
     sizes = Sizes()
     trainer_for(

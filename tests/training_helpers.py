@@ -136,3 +136,59 @@ def at_home(model):
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
+
+
+def trained(folder, method=None, resume=None, **arguments):
+    """A Trainer that has trained."""
+    trainer = trainer_for(folder, top() if method is None else method, **arguments)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def assert_same_state(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), f"{key}: {(found[key].double() - value.double()).abs().max()}"
+
+
+def assert_close_state(found, expected, atol):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+class GatesOf(TrainerCallback):
+    """How far the log-odds of all gates are from where they start, before the first step and after each."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_begin(self, *_, model=None, **__):
+        self.values = [self.read(model)]
+
+    def on_step_end(self, *_, model=None, **__):
+        self.values.append(self.read(model))
+
+    @staticmethod
+    def read(model):
+        gates = model.token_pruner.objective.gates
+        return (gates.learned() - gates.state.start).detach().flatten()
+
+
+def real_tokens(inputs, chosen):
+    """A label for each real token that is chosen, -100 for the others."""
+    ids = inputs["input_ids"]
+    return {"labels": torch.where(inputs["attention_mask"].bool() & chosen(ids), ids, -100)}
+
+
+def some_words(inputs):
+    return real_tokens(inputs, lambda ids: ids % 4 == 1)
+
+
+def some_labels(inputs):
+    """As many labels as a text is long."""
+    return {"labels": torch.where(inputs["attention_mask"].bool(), inputs["input_ids"] % 3, -100)}

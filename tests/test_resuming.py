@@ -1,0 +1,140 @@
+"""Invariant 9: a run that was killed resumes exactly, with its own teacher and the method it began with."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from families import build, make_inputs, outputs_of
+from training_helpers import Recorder, Texts, assert_same_state, at_home, kept_bins, top, trained, trainer_for
+
+import hf_tokenprune as tp
+
+HEAD = "ForSequenceClassification"
+DENSE, ANNEAL, TOTAL = 4, 8, 12  # where the phases of `top()` end in a run of 12 steps
+
+
+RUNS = {
+    "own teacher": lambda: {"method": top()},
+    "no teacher": lambda: {"method": top(teacher=None)},
+    "teacher model": lambda: {"method": top(teacher=build("bert", HEAD, seed=5))},
+    "lagrangian": lambda: {"method": top(constraint="lagrangian")},
+    "no ranking, accumulation": lambda: {
+        "method": top(rank_weight=0.0), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+    },
+}  # fmt: skip
+KILLS = [("own teacher", step) for step in (2, DENSE, 5, 6, ANNEAL, 10)]
+KILLS += [(name, step) for name in list(RUNS)[1:] for step in ((6,) if name == "lagrangian" else (6, 10))]
+
+
+def dropout_run(folder, name, resume=None):
+    """48 texts are 6 steps an epoch, so that step 6 ends an epoch; the model has dropout."""
+    torch.manual_seed(0)
+    arguments = {"save_strategy": "steps", "save_steps": 1, "data": Texts(48), "model": build("bert", HEAD)}
+    return trained(folder, resume=resume, **arguments, **RUNS[name]())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    runs = {}
+
+    def run(name):
+        if name not in runs:
+            folder = tmp_path_factory.mktemp("run")
+            runs[name] = folder, copy.deepcopy(dropout_run(folder, name).model.state_dict())
+        return runs[name]
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "step"), KILLS, ids=[f"{name} {step}" for name, step in KILLS])
+def test_a_run_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tmp_path, name, step):
+    folder, expected = uninterrupted(name)
+    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    if step > DENSE and (folder / "_teacher").exists():
+        shutil.copytree(folder / "_teacher", tmp_path / "_teacher")
+    resumed = dropout_run(tmp_path, name, resume=str(tmp_path / f"checkpoint-{step}"))
+    assert len(resumed.state.log_history) > 0
+    assert_same_state(resumed.model.state_dict(), expected)
+
+
+def test_a_run_killed_just_after_its_teacher_was_written_resumes(uninterrupted, tmp_path):
+    folder, expected = uninterrupted("own teacher")
+    for name in (f"checkpoint-{DENSE}", "_teacher"):
+        shutil.copytree(folder / name, tmp_path / name)
+    before = written(tmp_path / "_teacher")
+    resumed = dropout_run(tmp_path, "own teacher", resume=True)
+    assert_same_state(resumed.model.state_dict(), expected)
+    assert written(tmp_path / "_teacher") == before
+
+
+def written(folder):
+    """Which files there are, and when each was written."""
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
+def test_the_teacher_lies_beside_the_checkpoints_and_is_written_once(tmp_path):
+    recorder = Recorder(look=lambda _: written(tmp_path / "_teacher") if (tmp_path / "_teacher").exists() else None)
+    trainer = trained(tmp_path, save_strategy="steps", save_steps=1, callbacks=[recorder])
+    assert recorder.looks[:DENSE] == [None] * DENSE
+    assert recorder.looks[DENSE] is not None
+    assert all(look == recorder.looks[DENSE] for look in recorder.looks[DENSE:])
+    assert {file.name for file in tmp_path.iterdir()} == {"_teacher", *(f"checkpoint-{step}" for step in range(1, TOTAL + 1))}
+    for step in range(1, TOTAL + 1):
+        assert not (tmp_path / f"checkpoint-{step}" / "_teacher").exists()
+    layers = [name for name in trainer.model.state_dict() if "layer.0.attention.self.query.weight" in name]
+    assert len(layers) == 1, "the teacher's weights are no part of the model"
+    dense = tp.pack(tp.detach(tp.from_pretrained(tmp_path / f"checkpoint-{DENSE}")))
+    teacher = tp.from_pretrained(tmp_path / "_teacher")
+    inputs = make_inputs("bert", HEAD)
+    assert torch.equal(outputs_of(at_home(teacher), inputs)["logits"], outputs_of(at_home(dense), inputs)["logits"])
+
+
+@pytest.mark.parametrize("what", ["gone", "another run's"])
+def test_resuming_without_the_runs_own_teacher_is_refused(uninterrupted, tmp_path, what):
+    folder, _ = uninterrupted("own teacher")
+    shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
+    if what == "another run's":
+        tp.pack(build("bert", HEAD, seed=9)).save_pretrained(tmp_path / "_teacher")
+    with pytest.raises(tp.errors.TrainingError, match="teacher.*" + ("there is none" if what == "gone" else "another run")):
+        dropout_run(tmp_path, "own teacher", resume=str(tmp_path / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("best", [6, 9])
+def test_the_best_model_is_loaded_at_the_end(tmp_path, best):
+    marks = iter([int(step == best) for step in (3, 6, 9, 12)])
+    trainer = trained(
+        tmp_path, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=3, load_best_model_at_end=True,
+        metric_for_best_model="mark", compute_metrics=lambda _: {"mark": next(marks)},
+    )  # fmt: skip
+    if trainer.state.best_model_checkpoint != str(tmp_path / f"checkpoint-{best}"):
+        pytest.skip("this checkpoint is not eligible")
+    inputs = make_inputs("bert", HEAD)
+    checkpoint = at_home(tp.from_pretrained(tmp_path / f"checkpoint-{best}"))
+    assert torch.equal(outputs_of(at_home(trainer.model.eval()), inputs)["logits"], outputs_of(checkpoint, inputs)["logits"])
+    assert kept_bins(trainer.model) == kept_bins(checkpoint)
+
+
+OTHERS = {
+    "another method": (lambda: tp.StructuredPruning(target_macs=0.5), "name was 'top' and is 'structured'"),
+    "another importance": (lambda: top(importance="learned", rank_weight=0.0), "importance was 'attention' and is 'learned'"),
+    "other bins": (lambda: top(rank_bins=9), "rank_bins was 8 and is 9"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("asked", [True, "path"])
+def test_a_run_is_resumed_with_the_method_it_began_with(tmp_path, what, asked):
+    trainer_for(tmp_path, top(), max_steps=4, save_strategy="steps", save_steps=2).train()
+    make, why = OTHERS[what]
+    trainer = trainer_for(tmp_path, make(), max_steps=6)
+    with pytest.raises(tp.errors.TrainingError, match=why):
+        trainer.train(resume_from_checkpoint=asked if asked is True else str(tmp_path / "checkpoint-4"))
+
+
+def test_a_budget_that_changes_on_resuming_is_told(tmp_path, caplog):
+    trainer_for(tmp_path, top(), max_steps=4, save_strategy="steps", save_steps=2).train()
+    trainer = trainer_for(tmp_path, top(target_macs=0.6), max_steps=6)
+    trainer.train(resume_from_checkpoint=True)
+    assert "target_macs (was 0.5, is 0.6)" in caplog.text
+    assert trainer.state.global_step == 6

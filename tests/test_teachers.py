@@ -1,0 +1,58 @@
+"""Who may be the teacher, and how it judges."""
+
+import pytest
+from families import build
+from training_helpers import Texts, assert_same_state, logged, spent_share, top, trained
+
+import hf_tokenprune as tp
+
+HEAD = "ForSequenceClassification"
+
+
+def trace_of(model):
+    """Whatever a teacher could have been changed in."""
+    hooks = [(name, len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()]
+    flags = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    modes = [module.training for module in model.modules()]
+    config = (model.config.to_dict(), model.config._attn_implementation)
+    return type(model), hooks, flags, modes, config, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+TEACHERS = ("folder", "pruned folder", "Path", "model", "bigger model", "pruned model", "None")
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_a_teacher_may_be_given(tmp_path, kind):
+    teacher = build("bert", HEAD, seed=3, num_hidden_layers=5 if kind == "bigger model" else 4).train()
+    if "pruned" in kind:
+        tp.attach(teacher, {1: tp.TopK(0.2)})
+    given = teacher
+    if "folder" in kind or kind == "Path":
+        teacher.save_pretrained(tmp_path / "given")
+        given = tmp_path / "given" if kind == "Path" else str(tmp_path / "given")
+    elif kind == "None":
+        given = None
+    before = trace_of(teacher)
+    trainer = trained(tmp_path / "run", top(teacher=given), max_steps=6)
+    assert bool(logged(trainer, "distillation")) == (given is not None)
+    assert bool(logged(trainer, "ranking")) == (given is not None)
+    assert not (tmp_path / "run" / "_teacher").exists(), "only the run's own teacher has to be kept"
+    after = trace_of(teacher)
+    assert after[:-1] == before[:-1]
+    assert_same_state(after[-1], before[-1])
+    assert 0.45 < spent_share(trainer.model, Texts()) < 0.51
+
+
+def test_a_teacher_judges_with_every_token(tmp_path):
+    """The same weights teach the same, whether they come dense or with sites."""
+    losses = []
+    for sites in ({}, {1: tp.TopK(0.2)}):
+        teacher = tp.attach(build("bert", HEAD, seed=3), sites)
+        losses.append(logged(trained(tmp_path, top(teacher=teacher)), "distillation"))
+    assert losses[0] == losses[1]
+    assert losses[0][0] > 0
+
+
+def test_after_training_the_teacher_is_let_go(tmp_path):
+    trainer = trained(tmp_path)
+    assert trainer.model.token_pruner.objective.teacher is None
