@@ -49,8 +49,11 @@ def main():
     parser.add_argument("--max-length", type=int, default=128, help="cut texts to so many tokens; more = more ragged")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: what torch uses)")
     parser.add_argument("--output", type=Path, default=Path("runs/speed.json"))
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     texts = list(docstrings.load()["test"].shuffle(seed=0)["text"][: args.texts])
