@@ -158,13 +158,15 @@ TABLES = {
 }
 
 
+def put(text, name, table):
+    """A text with its block `<!-- table:NAME -->` made anew, where it has one."""
+    return re.sub(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
+
+
 def fill(text):
-    """README's text with each `<!-- table:NAME -->` block made anew from what lies in results/."""
+    """README's text with every table made anew from what lies in results/."""
     for name, table in TABLES.items():
-        made = table()
-        text = re.sub(
-            rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m, made=made: m[1] + made + "\n" + m[2], text, flags=re.S
-        )
+        text = put(text, name, table())
     return text
 
 

@@ -6,7 +6,6 @@ Writes a page with a plot per task to model_cards/, and one over all tasks; and 
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections import defaultdict
@@ -15,7 +14,7 @@ from pathlib import Path
 from files import write_text
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from tables import markdown
+from tables import markdown, put
 
 NAMES = {"map": "MAP", "mrr": "MRR", "f1": "F1", "exact_match": "exact match", "pearson": "Pearson", "spearman": "Spearman"}
 TITLES = {
@@ -224,12 +223,6 @@ def plot(task, groups, file):
     figure.savefig(file, dpi=120, metadata={"Software": None})  # the same numbers make the same file
 
 
-def fill(text, runs):
-    """A text with the main methods' overview put between its marks, where it has them."""
-    pattern = r"(<!-- table:benchmark -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda match: f"{match[1]}{overview(runs, MAIN)}\n{match[2]}", text, flags=re.S)
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results/benchmark"))
@@ -240,7 +233,7 @@ def main(arguments=None):
     runs = load(args.results)
     if not runs:
         raise SystemExit(f"There are no results in {args.results}; make some with run.py.")
-    write_text(args.readme, fill(args.readme.read_text(), runs))
+    write_text(args.readme, put(args.readme.read_text(), "benchmark", overview(runs, MAIN)))
     write_text(args.cards / "README.md", index(runs))
     for task, groups in by_task(runs).items():
         write_text(args.cards / f"{task}.md", page(task, groups))
