@@ -43,6 +43,8 @@ from weights_helpers import (
 import hf_tokenprune as tp
 from hf_tokenprune.cost import dense_macs, trace_macs
 from hf_tokenprune.methods import infor_coef as module
+from hf_tokenprune.modeling.packing import PackedBatch
+from hf_tokenprune.modeling.selection import Skim
 from hf_tokenprune.modeling.sizes import sizes_of
 from hf_tokenprune.schedule import Moment
 
@@ -268,6 +270,29 @@ def test_a_checkpoint_opens_as_the_model_that_was_training(uninterrupted, name, 
     assert torch.equal(outputs_of(opened, INPUTS)["logits"], words[step - 1][1])
     assert sizes_of(opened) == (DENSE_SIZES if step < 9 else sizes_of(model)) != (sizes_of(model) if step < 9 else DENSE_SIZES)
     assert (offset_of(opened) == float("inf")) == (step <= 9)
+
+
+class Margins(Skim):
+    """A sampler by whose margins, from 0 to 7 as after foresight, everything is kept at inference."""
+
+    def logits(self, states):
+        margin = torch.linspace(0, 7, len(states))
+        return torch.stack([-margin / 2, margin / 2], dim=1)
+
+
+@pytest.mark.parametrize(("budget", "dropped"), [(None, 0.099), (0.3, 0.025)])
+def test_under_a_budget_few_are_dropped_at_random(budget, dropped):
+    """Of tokens with margins from 0 to 7, noise of scale 1 drops `log(2) / 7`, noise of a quarter of that a quarter of them."""
+    objective = tokens(target_macs=budget).attach(build("bert", HEAD))
+    objective.moment = Moment("anneal", 0.5)
+    objective.start_run(1e-3, {"static": 0, "anneal": 100})
+    objective.open_gates()
+    torch.manual_seed(0)
+    batch = PackedBatch.from_mask(None, batch_size=1, seq_len=40_000, device="cpu")
+    look = objective.looks[0]
+    look.sampler = Margins(32)
+    kept = look(torch.zeros(40_000, 32), batch, torch.zeros(40_000, dtype=torch.bool))
+    assert 1 - kept.mean().item() == pytest.approx(dropped, rel=0.05)
 
 
 # The optimizer, accumulation, checkpointing, precision
