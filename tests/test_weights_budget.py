@@ -4,12 +4,13 @@ import pytest
 import torch
 from families import build, make_inputs, outputs_of
 from training_helpers import Texts, collate, no_dropout
-from weights_helpers import HEAD, INPUTS, both, dense, layers_left, said, weights
+from weights_helpers import HEAD, INPUTS, PLAN, both, dense, layers_left, said, weights
 
 import hf_tokenprune as tp
 from hf_tokenprune.budget import Lengths
 from hf_tokenprune.cost import CostMeter, layer_shapes
 from hf_tokenprune.gates import keep_probability
+from hf_tokenprune.methods.top import TokenBins
 from hf_tokenprune.schedule import Moment
 from hf_tokenprune.surgery import operate
 
@@ -81,6 +82,27 @@ def test_information_counts_per_cost():
     assert unit - head == pytest.approx(gates.PER_NEPER * torch.tensor(ratio).log().item(), abs=1e-4)
     assert ratio > 10
     assert gates.state.information.abs().max() == 0, "used once"
+
+
+def starts(method, lasting, monkeypatch):
+    """Where gates start if the same was measured of all."""
+    monkeypatch.setattr(TokenBins, "LASTING", lasting)
+    _, gates = gated(method)
+    gates.state.information.fill_(3.0)
+    gates.progress = 0.5
+    gates.harden(gated=True)
+    return gates.state.start, gates.parts[-1].size
+
+
+def test_tokens_outlast_weights(monkeypatch):
+    """They are ahead of where their information would put them; among themselves that makes no difference."""
+    leads = []
+    for lasting in (0.0, 0.5):
+        start, tokens = starts(both(parts=("units",)), lasting, monkeypatch)
+        leads.append(start[-tokens:].median() - start[:-tokens].median())
+    assert leads[1] - leads[0] == pytest.approx(2 * 0.5, abs=1e-3)
+    alone = [starts(tp.ToP(target_macs=0.5, rank_bins=8, schedule=PLAN), lasting, monkeypatch)[0] for lasting in (0.0, 0.5)]
+    torch.testing.assert_close(*alone)
 
 
 def test_no_information_is_too_far_off_to_count():
