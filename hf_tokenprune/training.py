@@ -123,7 +123,7 @@ class TokenPruneCallback(TrainerCallback):
         gates = list(self.inner.token_pruner.training_state.parameters())
         group = _group_of(optimizer, gates, list(self.objective.parameters()))
         self.objective.sharded = has_engine(optimizer) or is_sharded(model)
-        self.objective.forgets = not has_engine(optimizer)  # it keeps its moments to itself
+        self.objective.forgets = not has_engine(optimizer)  # an engine keeps its moments to itself
         self.total = state.max_steps
         steps = self.method.schedule.steps(self.total)
         dense, self.objective.steps = steps["dense"], steps

@@ -108,18 +108,6 @@ def test_a_budget_out_of_reach_names_one_that_is_not(tmp_path):
         trainer_for(tmp_path, top(target_macs=float(shares[0]) - 0.01))
 
 
-@pytest.mark.parametrize("site_gates", [False, True])
-def test_information_never_rises_with_the_rank_within_a_site(site_gates):
-    model = build("bert", HEAD)
-    tp.TokenPruneCallback(top(sites=(1, 2), rank_bins=5, site_gates=site_gates)).attach(model)
-    (bins,) = model.token_pruner.objective.gates.parts
-    found = bins.even_out(torch.tensor([[1.0, 0, 4, 2, 3, *[9] * site_gates], [5, 0, 0, 3, 0, *[0] * site_gates]]).flatten())
-    expected = [[2.0] * 5, [5.0, 1, 1, 1, 0]]
-    for row, wanted in zip(found.view(2, -1), expected, strict=True):
-        torch.testing.assert_close(row[:5], torch.tensor(wanted))
-    assert found.view(2, -1)[:, 5:].flatten().tolist() == [9.0, 0.0] * site_gates
-
-
 MET = {
     "tokens": (top(target_macs=0.95), "ToP: target_macs=0.95 is met already"),
     "after a dense phase": (top(target_macs=0.95, schedule=tp.Schedule()), "ToP: target_macs=0.95 is met already"),

@@ -39,7 +39,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from training_helpers import Recorder, at_home, logged, no_dropout, top
+from training_helpers import PullMethod, Recorder, at_home, logged, no_dropout, top
 
 import hf_tokenprune as tp
 from hf_tokenprune.publish import push
@@ -318,8 +318,6 @@ class Sizes(hf.TrainerCallback):
 @pytest.mark.parametrize(("accumulation", "size"), [(1, 6), (2, 3), (5, 2)])
 @pytest.mark.parametrize("row", ROWS)
 def test_the_auxiliary_loss_counts_once_however_many_forwards_a_step_has(folders, tmp_path, row, accumulation, size):
-    from test_whose_loss import PullMethod
-
     sizes = Sizes()
     trainer_for(
         row, folders, tmp_path, PullMethod(), callbacks=[sizes], max_steps=3, max_grad_norm=0,

@@ -1,5 +1,5 @@
 """The callback: one `trainer.train()` goes dense -> anneal -> settle, whatever the head; what it logs and evaluates; checkpointing of
-activations and bf16 change speed, not results."""
+activations changes nothing, bf16 works."""
 
 import copy
 
@@ -226,6 +226,28 @@ def test_gates_move_at_their_own_rate(tmp_path, learning_rate, constraint):
     first = torch.cat(first)
     assert (first > 0.4 * 0.05).sum() > 4
     assert first.max() < 1.02 * 0.05
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_nothing_is_measured_where_the_optimizer_forgets_nothing(forgets):
+    objective = top().attach(build("bert", HEAD))
+    objective.forgets, objective.moment = forgets, top().schedule.at(4, TOTAL)
+    objective.start_run(1e-3, {"anneal": 4})
+    objective.open_gates()
+    assert objective.gates.measuring == forgets
+    assert (objective.gates.now is None) == forgets, "gates are sampled from the first step on"
+
+
+@pytest.mark.parametrize("site_gates", [False, True])
+def test_information_never_rises_with_the_rank_within_a_site(site_gates):
+    model = build("bert", HEAD)
+    tp.TokenPruneCallback(top(sites=(1, 2), rank_bins=5, site_gates=site_gates)).attach(model)
+    (bins,) = model.token_pruner.objective.gates.parts
+    found = bins.even_out(torch.tensor([[1.0, 0, 4, 2, 3, *[9] * site_gates], [5, 0, 0, 3, 0, *[0] * site_gates]]).flatten())
+    expected = [[2.0] * 5, [5.0, 1, 1, 1, 0]]
+    for row, wanted in zip(found.view(2, -1), expected, strict=True):
+        torch.testing.assert_close(row[:5], torch.tensor(wanted))
+    assert found.view(2, -1)[:, 5:].flatten().tolist() == [9.0, 0.0] * site_gates
 
 
 # Heads

@@ -84,9 +84,9 @@ def test_information_counts_per_cost():
     assert gates.state.information.abs().max() == 0, "used once"
 
 
-def starts(method, lasting, monkeypatch):
-    """Where gates start if the same was measured of all."""
-    monkeypatch.setattr(TokenBins, "LASTING", lasting)
+def starts(method, monkeypatch, lasting=TokenBins.lasting):
+    """Where gates start if the same was measured of all, and how many of them are on tokens."""
+    monkeypatch.setattr(TokenBins, "lasting", lasting)
     _, gates = gated(method)
     gates.state.information.fill_(3.0)
     gates.progress = 0.5
@@ -96,12 +96,10 @@ def starts(method, lasting, monkeypatch):
 
 def test_tokens_outlast_weights(monkeypatch):
     """They are ahead of where their information would put them; among themselves that makes no difference."""
-    leads = []
-    for lasting in (0.0, 0.5):
-        start, tokens = starts(both(parts=("units",)), lasting, monkeypatch)
-        leads.append(start[-tokens:].median() - start[:-tokens].median())
-    assert leads[1] - leads[0] == pytest.approx(2 * 0.5, abs=1e-3)
-    alone = [starts(tp.ToP(target_macs=0.5, rank_bins=8, schedule=PLAN), lasting, monkeypatch)[0] for lasting in (0.0, 0.5)]
+    method = both(parts=("units",), tokens=tp.ToP(rank_bins=8))
+    (plain, tokens), (ahead, _) = (starts(method, monkeypatch, *lasting) for lasting in ((0.0,), ()))
+    torch.testing.assert_close(ahead - plain, 2 * 5.0 * (torch.arange(len(plain)) >= len(plain) - tokens))
+    alone = [starts(tp.ToP(target_macs=0.5, rank_bins=8, schedule=PLAN), monkeypatch, lasting)[0] for lasting in (0.0, 5.0)]
     torch.testing.assert_close(*alone)
 
 

@@ -23,9 +23,6 @@ import hf_tokenprune as tp
 from hf_tokenprune.methods import structured as module
 from hf_tokenprune.modeling.sizes import sizes_of
 
-# Resume
-
-
 RESUMED = {
     "narrow": METHODS["narrow"],
     "both": lambda: both(parts=NARROW),

@@ -4,9 +4,9 @@ budget is met."""
 import pytest
 import torch
 from families import build, make_inputs
-from torch import nn
 from torch.nn import functional
 from training_helpers import (
+    PullMethod,
     Rows,
     Texts,
     assert_close_state,
@@ -22,32 +22,9 @@ from training_helpers import (
 from transformers import Trainer, TrainerCallback
 
 import hf_tokenprune as tp
-from hf_tokenprune.methods.base import Objective
-from hf_tokenprune.schedule import Schedule
 
 HEAD = "ForSequenceClassification"
 TOTAL = 12  # steps of a run
-
-
-class Pull(Objective):
-    """The smallest method there is: an auxiliary loss of 3 w, whatever the batch."""
-
-    def losses(self, *_):
-        return {"pull": 3 * self.pruner.training_state.w.sum()}
-
-    def start_run(self, *_):
-        pass
-
-
-class PullMethod:
-    teacher, schedule = None, Schedule(dense=0, anneal=1, settle=1)
-
-    def attach(self, model):
-        tp.attach(model, {1: tp.RankBins(4)})
-        state = model.token_pruner.training_state = nn.Module()
-        state.w = nn.Parameter(torch.zeros(()))
-        model.token_pruner.objective = Pull(model, 0.0)
-        return model.token_pruner.objective
 
 
 class GradientOf(TrainerCallback):

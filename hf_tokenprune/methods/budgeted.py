@@ -37,6 +37,7 @@ class Part:
 
     size: int
     cuts_weights = False
+    lasting = 0.0  # nepers by which it is worth more, beside other parts, than the information that is measured of it
 
     def start(self):
         """`(size,)` log-odds with which the gates start."""
@@ -114,7 +115,8 @@ class BudgetedGates:
     In the first steps, while all gates are 1, their Fisher information is measured (squared gradients of the loss, summed over
     batches: how much the loss would rise without the part, as in Kwon et al. 2022, arXiv 2204.09656), and the gates start in the
     order of information per MAC. At the optimum of separable losses that is what decides, whatever the part is: so one budget
-    shares itself out among layers, and among tokens, heads, units and blocks.
+    shares itself out among layers, and among tokens, heads, units and blocks. Training then goes on, and what it makes up for is
+    worth less than that (`Part.worth`, `Part.lasting`).
 
     Args:
         model: the model, attached.
@@ -293,7 +295,9 @@ class BudgetedGates:
         gain = gain + torch.cat([part.worth() for part in self.parts])
         gain = self.PER_NEPER * (gain - gain[matters].median())
         near = gain.clamp(-self.FARTHEST, self.FARTHEST)
-        start = torch.where(matters, near + 0.01 * (gain - near), self.state.start.cpu())  # so that no two are the same
+        ahead = self.PER_NEPER * torch.cat([torch.full((part.size,), part.lasting) for part in self.parts])
+        start = near + 0.01 * (gain - near) + ahead - ahead[matters].median()  # so that no two are the same
+        start = torch.where(matters, start, self.state.start.cpu())
         with torch.no_grad():
             self.state.start.copy_(start)
             self.state.information.zero_()

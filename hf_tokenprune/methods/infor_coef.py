@@ -40,8 +40,9 @@ class InforCoef(GatedMethod):
 
     Under a budget, a sampler that cannot tell tokens apart can only drop all or none. So samplers first learn to foresee the
     attention that each token will receive in their layer, while everything is kept: in the static phase, or in the first fifth of
-    the annealing. And the noise of sampling is a quarter of the paper's: with all of it, training would drop one token in ten
-    before each layer at random, where the budget asks for far less.
+    the annealing. And their logits then count four times in sampling: with the paper's noise, samplers that have learned to foresee
+    drop about one token in ten before each layer at random, and a model whose weights are mostly cut does not recover from that.
+    The norm and entropy terms see the keep probability without that factor.
 
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's, weights and tokens together; None = what
@@ -143,7 +144,8 @@ class SoftSkim:
 
     Args:
         sampler: the `Skim`.
-        sharp: by how much its logits outweigh the noise of sampling; 1 is the paper's.
+        sharp: by how much its logits outweigh the noise of sampling; 1 is the paper's. The gradient becomes as much steeper: it is
+            for tokens near the threshold, which are those that can go either way.
     """
 
     def __init__(self, sampler, sharp=1.0):
