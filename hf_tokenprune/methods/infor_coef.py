@@ -41,8 +41,8 @@ class InforCoef(GatedMethod):
     Under a budget, a sampler that cannot tell tokens apart can only drop all or none. So samplers first learn to foresee the
     attention that each token will receive in their layer, while everything is kept: in the static phase, or in the first fifth of
     the annealing. And their logits then count four times in sampling: with the paper's noise, samplers that have learned to foresee
-    drop about one token in ten before each layer at random, and a model whose weights are mostly cut does not recover from that.
-    The norm and entropy terms see the keep probability without that factor.
+    drop about one token in ten before each layer at random, and the model is taught by what it says without them. The norm and
+    entropy terms see the keep probability without that factor.
 
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's, weights and tokens together; None = what
