@@ -151,6 +151,8 @@ COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the 
 "target" is the reduction of MACs asked for, in brackets the one reached, on the real tokens. A score is to be compared with "dense",
 or, where dense was run with more seeds, with the score after "of", which is dense's with the same seeds; ± is the standard deviation
 over two or three seeds, scores without are of one. Blank: not measured. The last row has the methods that were measured on all tasks.
+CPUs round differently, so the dense model of one seed is not the same on all: MRPC's of seed 1 has 79.0 here, and had 79.5 where
+`structured` began from it. Variants of `top` were measured with the importance of an older version.
 
 * `topk` keeps the same share of the tokens in every layer, without training; `topk-trained` trains the weights with that selection.
 * `top` is ToP as it is by default: importance is learned, from a token and its neighbours. `top-alone` learns it from each token
