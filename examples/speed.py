@@ -52,7 +52,7 @@ def main():
     parser.add_argument("--threads", type=int, help="CPU threads (default: what torch uses)")
     parser.add_argument("--output", type=Path, default=Path("runs/speed.json"))
     args = parser.parse_args()
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm())

@@ -17,6 +17,7 @@ from training_helpers import (
     collate,
     logged,
     no_dropout,
+    put_checkpoint,
     some_words,
     spent_share,
     stack,
@@ -29,11 +30,10 @@ from weights_helpers import (
     NARROW,
     OptimizerOf,
     Surgery,
+    assert_refused,
     classes,
     dropout_run,
     dropping,
-    face,
-    put_checkpoint,
     said,
     size_of,
     uninterrupted_runs,
@@ -580,12 +580,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_is_refused_and_the_model_left_as_it_was(tmp_path, what):
-    make, make_model, message = REFUSED[what]
-    model = make_model()
-    before = face(model)
-    with pytest.raises((tp.errors.ConfigError, tp.errors.UnsupportedModelError), match=message):
-        trainer_for(tmp_path, make(), model=model)
-    assert face(model) == before
+    assert_refused(tmp_path, *REFUSED[what])
 
 
 def test_a_run_too_short_for_its_static_phase_is_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from families import build, make_inputs, outputs_of
 from reference import DEPTH, Reference, Rule, bins
 from test_pruning import LENGTHS, PATTERN, SUMMARY, assert_same_samples
 from torch.nn.functional import layer_norm, normalize
-from training_helpers import Rows, Texts, no_dropout, spent_share, stack, top, trainer_for
+from training_helpers import Rows, Texts, no_dropout, put_checkpoint, spent_share, stack, top, trainer_for
 from transformers import TrainerCallback
 
 import hf_tokenprune as tp
@@ -234,10 +233,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(tmp_path, step):
         return trained(folder, resume, **saves).model.state_dict()
 
     expected = copy.deepcopy(go(tmp_path / "whole"))
-    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
-    if (tmp_path / "whole" / "_teacher").exists():
-        shutil.copytree(tmp_path / "whole" / "_teacher", tmp_path / "again" / "_teacher")
-    found = go(tmp_path / "again", str(tmp_path / "again" / f"checkpoint-{step}"))
+    found = go(tmp_path / "again", put_checkpoint(tmp_path / "whole", tmp_path / "again", step, dense=0))
     assert any(".scorer." in name for name in expected)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

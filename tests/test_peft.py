@@ -22,7 +22,18 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.lora import LoraModel
-from training_helpers import Recorder, Texts, at_home, kept_bins, no_dropout, spent_share, top, trained, trainer_for
+from training_helpers import (
+    Recorder,
+    Texts,
+    at_home,
+    kept_bins,
+    no_dropout,
+    put_checkpoint,
+    spent_share,
+    top,
+    trained,
+    trainer_for,
+)
 
 import hf_tokenprune as tp
 
@@ -288,9 +299,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(base_folder, tmp_pa
     ):
         torch.manual_seed(0)
         if resume:
-            shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", resume)
-            if step > 4:
-                shutil.copytree(tmp_path / "whole" / "_teacher", folder / "_teacher")
+            put_checkpoint(tmp_path / "whole", folder, step)
         model = lora(base_folder) if kind == "lora" else get_peft_model(base(base_folder), pruning())
         trainer = trained(folder, top(), resume, model=model, save_strategy="steps", save_steps=1)
         ways.append(copy.deepcopy(trainer.model.state_dict()))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from families import build, make_inputs, outputs_of
-from training_helpers import Recorder, Texts, assert_same_state, at_home, kept_bins, top, trained, trainer_for
+from training_helpers import Recorder, Texts, assert_same_state, at_home, kept_bins, put_checkpoint, top, trained, trainer_for
 
 import hf_tokenprune as tp
 
@@ -50,10 +50,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize(("name", "step"), KILLS, ids=[f"{name} {step}" for name, step in KILLS])
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(uninterrupted, tmp_path, name, step):
     folder, expected = uninterrupted(name)
-    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    if step > DENSE and (folder / "_teacher").exists():
-        shutil.copytree(folder / "_teacher", tmp_path / "_teacher")
-    resumed = dropout_run(tmp_path, name, resume=str(tmp_path / f"checkpoint-{step}"))
+    resumed = dropout_run(tmp_path, name, put_checkpoint(folder, tmp_path, step, dense=DENSE))
     assert len(resumed.state.log_history) > 0
     assert_same_state(resumed.model.state_dict(), expected)
 

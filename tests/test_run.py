@@ -378,7 +378,7 @@ for fold in range(2):
 def test_a_second_trainer_leaves_a_pruned_model_as_it_is(write, tmp_path, method, parts):
     """To predict, or to train on: what was selected and cut stays, and so does the number of callbacks. Heads alone do not save
     enough, so that tokens go, too."""
-    body = """
+    body = f"""
 unused = made()
 model = unused.model
 first = made(model)
@@ -389,7 +389,7 @@ first.train()
 kept = [site.kept.tolist() for site in model.token_pruner.sites.values()]
 assert sum(map(sum, kept)) < sum(map(len, kept))
 size = model.num_parameters()
-assert (size < whole) == ("METHOD" == "structured+top")
+assert (size < whole) == {method == "structured+top"}
 second = made(model)
 assert not any(isinstance(c, tp.TokenPruneCallback) for c in second.callback_handler.callbacks)
 assert model.token_pruner.objective.moment.phase == "settle"
@@ -399,7 +399,6 @@ assert (second.predict(second.eval_dataset).predictions != before).any()
 assert kept == [site.kept.tolist() for site in model.token_pruner.sites.values()]
 assert size == model.num_parameters()
 """
-    body = body.replace("METHOD", method)
     assert run_python(write, tmp_path, body, method, "0.6", ["--schedule", "dense=1,anneal=2,settle=0", *parts]) == 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import outputs_of
-from training_helpers import assert_same_state, at_home, logged, trained
+from training_helpers import assert_same_state, at_home, logged, put_checkpoint, trained
 from weights_helpers import (
     BOTH,
     DENSE_SIZES,
@@ -14,7 +14,6 @@ from weights_helpers import (
     OptimizerOf,
     both,
     dropout_run,
-    put_checkpoint,
     uninterrupted_runs,
     weights,
 )

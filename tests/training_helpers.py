@@ -1,5 +1,7 @@
 """Tiny real training runs: a data set in which a few tokens decide the label, a model from the table, the Trainer."""
 
+import shutil
+
 import torch
 from families import FAMILIES, PAD, VOCAB, build, make_inputs
 from torch import nn
@@ -146,6 +148,14 @@ def trained(folder, method=None, resume=None, **arguments):
     trainer = trainer_for(folder, top() if method is None else method, **arguments)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def put_checkpoint(folder, target, step, dense=4):
+    """What is left of a run that was killed after a step."""
+    shutil.copytree(folder / f"checkpoint-{step}", target / f"checkpoint-{step}")
+    if (folder / "_teacher").exists() and step > dense:
+        shutil.copytree(folder / "_teacher", target / "_teacher")
+    return str(target / f"checkpoint-{step}")
 
 
 def assert_same_state(found, expected):

@@ -1,10 +1,9 @@
 """Runs of a few steps in which weights are cut, and what can be seen of them."""
 
-import shutil
-
+import pytest
 import torch
 from families import build, make_inputs, outputs_of
-from training_helpers import Recorder, Texts, trained
+from training_helpers import Recorder, Texts, trained, trainer_for
 from transformers import TrainerCallback
 
 import hf_tokenprune as tp
@@ -111,14 +110,6 @@ def uninterrupted_runs(tmp_path_factory, methods, steps):
     return run
 
 
-def put_checkpoint(folder, target, step, dense=4):
-    """What is left of a run that was killed after a step."""
-    shutil.copytree(folder / f"checkpoint-{step}", target / f"checkpoint-{step}")
-    if (folder / "_teacher").exists() and step > dense:
-        shutil.copytree(folder / "_teacher", target / "_teacher")
-    return str(target / f"checkpoint-{step}")
-
-
 class OptimizerOf(TrainerCallback):
     """After each step: the optimizer holds every parameter that learns exactly once and no other, with moments of their shapes."""
 
@@ -155,3 +146,12 @@ def face(model):
     """What a model would show of having been touched."""
     hooks = [(name, len(part._forward_hooks), len(part._forward_pre_hooks)) for name, part in model.named_modules()]
     return type(model), list(model.state_dict()), model.config.to_dict(), model.config._attn_implementation, hooks
+
+
+def assert_refused(folder, make, make_model, message):
+    """A method that a model does not fit is refused with a message, and leaves the model as it was."""
+    model = make_model()
+    before = face(model)
+    with pytest.raises((tp.errors.ConfigError, tp.errors.UnsupportedModelError), match=message):
+        trainer_for(folder, make(), model=model)
+    assert face(model) == before
