@@ -25,6 +25,7 @@ from peft.tuners.lora import LoraModel
 from training_helpers import (
     Recorder,
     Texts,
+    assert_same_state,
     at_home,
     kept_bins,
     no_dropout,
@@ -283,12 +284,6 @@ def test_an_adapter_on_a_base_that_drops_tokens_already(base_folder, tmp_path):
     assert torch.equal(logits(tp.from_pretrained(tmp_path / "merged")), logits(merged))
 
 
-def same_state(found, expected):
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(found[key], value), (key, (found[key].double() - value.double()).abs().max())
-
-
 @pytest.mark.parametrize("step", [2, 6, 10])
 @pytest.mark.parametrize("kind", ["lora", "alone"])
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(base_folder, tmp_path, kind, step):
@@ -303,7 +298,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(base_folder, tmp_pa
         model = lora(base_folder) if kind == "lora" else get_peft_model(base(base_folder), pruning())
         trainer = trained(folder, top(), resume, model=model, save_strategy="steps", save_steps=1)
         ways.append(copy.deepcopy(trainer.model.state_dict()))
-    same_state(*ways)
+    assert_same_state(*ways)
 
 
 def test_the_teacher_is_the_merged_model_and_no_part_of_checkpoints(base_folder, tmp_path):
