@@ -113,7 +113,6 @@ def main(folder, *names):
                 trainer.model.save_pretrained(folder / "by both")
             distributed.barrier()
             resume(folder, trainer.args.process_index)
-    distributed.destroy_process_group()
 
 
 def resume(folder, number):
@@ -129,6 +128,16 @@ def resume(folder, number):
         torch.save(left_of(*resumed), folder / f"dropout {step}-{number}.pt")
 
 
+def leave():
+    """End this process when all are done, and do not take the interpreter apart: a thread of gloo may have a tensor, which aborts."""
+    distributed.barrier()
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), *sys.argv[2:])
+    leave()

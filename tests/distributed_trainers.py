@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import torch
+from distributed_runs import leave
 from test_trainers import inside, logged, trainer_for
-from torch import distributed
 
 # CrossEncoderTrainer of sentence-transformers 6.2 fails under DDP on a CPU by itself: "mark a variable ready only once".
 ROWS = ("embedder", "embedder, cached", "sparse")
@@ -24,9 +24,9 @@ def main(out, *models):
             "kept": [site.kept.tolist() for site in pruner.sites.values()], "phase": logged(trainer, "pruning_phase"),
         }  # fmt: skip
         torch.save(left, out / f"{row}-{trainer.args.process_index}.pt")
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), *sys.argv[2:])
+    leave()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from distributed_runs import no_noise, spoil_states
+from distributed_runs import leave, no_noise, spoil_states
 from families import build
 from test_not_finite import Spoiler
 from torch import distributed
@@ -136,8 +136,6 @@ def main(folder, way, *names):
             trained(folder / "refused", "tokens", way)
         except tp.errors.TrainingError as error:
             (folder / "refused.txt").write_text(str(error))
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 def publish(trainer, folder):
@@ -166,3 +164,4 @@ def resume(folder, way, name, number):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), *sys.argv[2:])
+    leave()
