@@ -47,7 +47,8 @@ class InforCoef(GatedMethod):
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's, weights and tokens together; None = what
             the coefficients give.
-        static_macs: the same after the static stage; None = weights stay as they are, for a model that was cut already.
+        static_macs: share of the dense model's MACs to spend after the static stage; None = weights stay as they are, for a model
+            that was cut already.
         norm_weight: weight of the norm term. The norm is divided by the root of the hidden size, so that the term is about the
             share of tokens kept.
         entropy_weight: weight of the entropy term.

@@ -52,16 +52,16 @@ class ToP(GatedMethod):
     the hard one does not.
 
     Args:
-        target_macs: MACs to spend on the real tokens, as a share of the dense model's; it must be given. 0.4 is 2.5 times fewer.
+        target_macs: MACs to spend on the real tokens, as a share of the dense model's. It must be given; 0.4 is 2.5 times fewer.
         teacher: "self" (the model as it is after the dense phase of this run), a folder or Hub id, a model, or None.
         sites: layers that may drop tokens; None = all but the first (and the last, where a pooled head reads one token). The first
             is among them where importance is learned.
         rank_bins: gates per site. More are finer and slower to learn.
         rank_topk: how many of the teacher's most important tokens the ranking loss looks at.
         rank_weight: weight of the ranking loss at the start; it falls to 1 % of this over the annealing. 0 = none.
-        importance: what tokens are ranked by: "attention", the attention they receive (the paper's), or "learned", see above. None =
-            learned, where there is a teacher to learn it from, no `rank_weight`, and the family's attention is not its own affair; or
-            what it is already in a model that ToP has pruned before.
+        importance: what tokens are ranked by: "attention", the attention they receive (the paper's), or "learned", what a small
+            scorer says. None = learned, where there is a teacher to learn it from, no `rank_weight`, and the family's attention is
+            not its own affair; or what it is already in a model that ToP has pruned before.
         importance_weight: weight of the loss that teaches a learned importance.
         neighbours: how many tokens to either side a learned importance reads, besides the one it is of: what matters lies together.
             None = 16, or as many as in a model that ToP has pruned before.
@@ -70,7 +70,7 @@ class ToP(GatedMethod):
             makes no difference that we could measure.
         distill_weight: weight of the teacher's logits against the task's own loss of weight 1.
         layer_weight: weight of the teacher's hidden states, layer by layer, on the tokens that are left (the paper has none).
-        constraint: "projected" or "lagrangian", see above.
+        constraint: "projected" or "lagrangian", which hold the expected cost to the target. Both are explained above.
         gate_lr: how far a gate (a log-odds) moves per step of an Adam-like optimizer at the peak of its schedule.
             None = 20 / steps of the anneal phase, at least 0.01 and at most 0.2. Gates are in one of the optimizer's ordinary
             groups: weight decay pulls them to where they started, too.
