@@ -1,8 +1,8 @@
 """Expected MACs of an encoder as a differentiable function of the share of tokens that each site keeps.
 
 A sample with `c` protected and `m` droppable tokens has `n = c + m * F` tokens after sites that together keep the share `F` of
-its droppable ones. A layer's MACs are linear in `n` (the Linears) and quadratic (attention), so three sums over a data set
-say everything about it: how many samples, the sum of `m` and the sum of `m^2`.
+its droppable ones. A layer's MACs are linear in `n` (the Linears) and quadratic (attention), so six sums over a data set
+say everything about it: how many samples, and the sums of `c`, `m`, `c^2`, `c m` and `m^2`.
 """
 
 from dataclasses import dataclass, replace
@@ -12,17 +12,22 @@ from .cost import dense_layer_shapes, layer_shapes
 
 @dataclass(frozen=True)
 class Lengths:
-    """A data set's lengths as far as MACs depend on them: `samples`, `droppable` = sum of m, `squares` = sum of m^2."""
+    """A data set's lengths as far as MACs depend on them, see above."""
 
     samples: float
+    protected: float
     droppable: float
+    protected_squares: float
+    products: float
     squares: float
 
     @classmethod
     def of(cls, lengths, protected):
-        """From a list of lengths, with so many protected tokens in each."""
-        droppable = [max(n - protected, 0) for n in lengths if n]
-        return cls(len(droppable), sum(droppable), sum(m * m for m in droppable))
+        """From a list of lengths, with so many protected tokens in each: a number, or a list of them."""
+        counts = [protected] * len(lengths) if isinstance(protected, int) else protected
+        texts = [(min(n, c), max(n - c, 0)) for n, c in zip(lengths, counts, strict=True) if n]
+        sums = (sum(values) for values in zip(*((c, m, c * c, c * m, m * m) for c, m in texts), strict=True))
+        return cls(len(texts), *sums) if texts else cls(0, 0, 0, 0, 0, 0)
 
 
 class Budget:
@@ -89,8 +94,7 @@ class Budget:
         return tokens + shape.attention * self._pairs(entering, lengths)
 
     def _pairs(self, alive, lengths):
-        pairs = self.protected**2 * lengths.samples + 2 * self.protected * alive * lengths.droppable
-        return pairs + alive * alive * lengths.squares
+        return lengths.protected_squares + 2 * alive * lengths.products + alive * alive * lengths.squares
 
     def _tokens(self, alive, lengths):
-        return self.protected * lengths.samples + alive * lengths.droppable
+        return lengths.protected + alive * lengths.droppable

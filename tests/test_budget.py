@@ -69,5 +69,24 @@ def test_least_is_a_bound_that_texts_come_close_to(name, head):
 
 
 def test_lengths_count_droppable_tokens_of_real_sequences():
-    assert Lengths.of([4, 1, 0, 3], 1) == Lengths(samples=3, droppable=5, squares=13)
-    assert Lengths.of([1], 2) == Lengths(samples=1, droppable=0, squares=0)
+    assert Lengths.of([4, 1, 0, 3], 1) == Lengths(3, protected=3, droppable=5, protected_squares=3, products=5, squares=13)
+    assert Lengths.of([1], 2) == Lengths(1, protected=1, droppable=0, protected_squares=1, products=0, squares=0)
+    assert Lengths.of([4, 0, 3], [2, 0, 1]) == Lengths(2, protected=3, droppable=4, protected_squares=5, products=6, squares=8)
+    assert Lengths.of([], 1) == Lengths(0, 0, 0, 0, 0, 0)
+
+
+def test_tokens_that_the_user_protects_are_counted_in_each_text():
+    model = model_of("bert", "ForTokenClassification")
+    inputs = make_inputs("bert", "ForTokenClassification", lengths=[17, 9, 33])
+    some = inputs["input_ids"][:, 1].tolist()
+    protected = 1 + torch.isin(inputs["input_ids"][:, 1:], torch.tensor(some)).sum(1)
+    assert len(set(protected.tolist())) > 1
+    sites = {int(layer): selector for layer, selector in model.token_pruner.sites.items()}
+    for selector in sites.values():
+        selector.set_kept([0] * BINS)
+    tp.attach(model, sites, protected_token_ids=some)
+    with torch.no_grad():
+        model(**inputs)
+    spent = sum(tp.cost.trace_macs(model)) / sum(tp.cost.dense_macs(model, [17, 9, 33]))
+    lengths = Lengths.of([17, 9, 33], protected.tolist())
+    assert Budget(model).share([0.0, 0.0], lengths) == pytest.approx(spent, rel=1e-9)

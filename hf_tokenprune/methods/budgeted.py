@@ -95,8 +95,9 @@ class Gates(nn.Module):
         self.multipliers = nn.Parameter(torch.zeros(2))
         self.register_buffer("start", torch.zeros(count))
         self.register_buffer("information", torch.zeros(count))
-        self.register_buffer("lengths", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("lengths", torch.zeros(6, dtype=torch.int64))
         self.register_buffer("teacher", torch.tensor(0))
+        self.register_buffer("total", torch.tensor(0))  # steps of the run as it was begun: where its phases end
         self.register_buffer("scale", torch.tensor(1.0))
         self.register_buffer("sizes", None if sizes is None else torch.tensor(_flat(sizes)))  # what is left of the weights
         self.register_parameter("transform", None)  # of layer-wise distillation: student's hidden units to the teacher's
@@ -167,7 +168,7 @@ class BudgetedGates:
     def seen(self):
         """`Lengths` of the training texts so far; of one text of 100 tokens before the first."""
         seen = self.on_host.of(self.state.lengths)
-        return Lengths(*seen) if seen[0] else Lengths(1, 100, 10_000)
+        return Lengths(*seen) if seen[0] else Lengths.of([100 + self.budget.protected], self.budget.protected)
 
     def share(self, scores, lengths=None):
         """The share of the dense model's cost that is spent if things are kept with these probabilities."""

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 
 from torch import nn
 from transformers.utils import logging
@@ -112,7 +112,7 @@ class GatedObjective(Objective):
         self.config, self.gates, self.helpers, self.gated_phase = config, gates, helpers, phase
         self.pruner.training_state = gates.state
         self.told = self.told_idle = False
-        self.observed = [0, 0, 0]
+        self.observed = [0] * 6
 
     def start_run(self, learning_rate, steps):
         """Begin anew. `steps` of each phase by name."""
@@ -153,12 +153,12 @@ class GatedObjective(Objective):
 
     def lengths(self):
         """`Lengths` of the batch that has just run."""
-        return Lengths.of(self.pruner.trace[0].arrived, self.gates.budget.protected)
+        counts = self.pruner.guarded
+        return Lengths.of(self.pruner.trace[0].arrived, self.gates.budget.protected if counts is None else counts)
 
     def observe(self):
         seen = self.lengths()
-        more = (seen.samples, seen.droppable, seen.squares)
-        self.observed = [a + b for a, b in zip(self.observed, more, strict=True)]
+        self.observed = [a + b for a, b in zip(self.observed, astuple(seen), strict=True)]
 
     def begin_step(self):
         if self.moment.phase == self.gated_phase:
@@ -169,7 +169,7 @@ class GatedObjective(Objective):
         if self.moment.phase != "settle":
             counts = self.gates.state.lengths
             counts += counts.new_tensor(total_of(self.observed, counts.device))
-            self.observed = [0, 0, 0]
+            self.observed = [0] * 6
         if self.moment.phase == self.gated_phase:
             self.gates.end_step()
 

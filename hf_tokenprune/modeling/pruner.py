@@ -50,6 +50,7 @@ class TokenPruner(nn.Module):
         structure: gates on weights, which go when the weights themselves are cut; has `remove()`, and `say(layer)`: how much each
             head of a layer counts in importance, or None.
         trace: a `LayerTrace` per layer of the latest forward.
+        guarded: how many tokens of each sequence of the latest forward in training are protected, where the user protects some.
     """
 
     def __init__(self, model, settings):
@@ -80,6 +81,7 @@ class TokenPruner(nn.Module):
         self.meter = None
         self.evaluation = None
         self.trace = []
+        self.guarded = None
         self.last_forward = None
         self.handles = []
         self.structure = None
@@ -365,6 +367,7 @@ class TokenPruner(nn.Module):
         if output is None:  # the forward raised
             return None
         self.trace = [call.trace() for call in forward.calls]
+        self.guarded = forward.spared() if self.protected_ids and self.objective is not None and self.training else None
         self.last_forward = forward if self.watched or self.remembers else None
         if self.meter is not None:
             self.meter(self)
