@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .errors import TrainingError
 from .modeling.architectures import transformers_model
 from .processes import of_all
+from .schedule import PHASES, Schedule
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +26,7 @@ MAY_CHANGE = {
     "target_macs", "target_params", "static_macs", "schedule", "gate_lr", "constraint",
     "distill_weight", "layer_weight", "rank_weight", "importance_weight", "entropy_weight", "norm_weight",
 }  # fmt: skip
+BUDGETS = {"target_macs", "target_params", "static_macs"}
 NAMED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, without importing the whole Trainer
@@ -61,6 +63,12 @@ def _check_method(folder, model):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # an adapter's, or none that we wrote
         return
     changed = list(_changed(then, now))
+    late = [name for name, *_ in changed if name in BUDGETS] if _has_chosen(folder, then) else []
+    if late:
+        raise TrainingError(
+            f"{folder} is of a run that has chosen by {', '.join(late)} already what goes. Resume it with the budget that it began "
+            "with; to prune the model further, begin a new run with it."
+        )
     if any(name not in MAY_CHANGE for name, *_ in changed):
         raise TrainingError(
             f"{folder} is of a run with another method than this one: "
@@ -70,6 +78,14 @@ def _check_method(folder, model):
     if changed:
         what = ", ".join(f"{name} (was {before!r}, is {after!r})" for name, before, after in changed)
         logger.warning(f"The run that is resumed goes on with other settings than it began with: {what}.")
+
+
+def _has_chosen(folder, method):
+    """Is a checkpoint of the last phase of a run with this method?"""
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    logged = [entry["pruning_phase"] for entry in state["log_history"] if "pruning_phase" in entry]
+    moment = Schedule(**method["schedule"]).at(state["global_step"], state["max_steps"])
+    return moment.phase == "settle" or logged[-1:] == [PHASES.index("settle")]
 
 
 def _changed(then, now):

@@ -3,13 +3,15 @@
 import copy
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from .errors import TrainingError
+from .errors import TrainingError, UnsupportedModelError
 from .loading import from_pretrained
 from .modeling.architectures import transformers_model
 from .modeling.configs import restored
@@ -17,26 +19,33 @@ from .modeling.modeling_token_pruned import is_token_pruned, pack
 from .modeling.shapes import replay, shape_map
 from .processes import whole
 
+HEAD = re.compile(r"(For[A-Z]\w*|Model)$")
 FOLDER = "_teacher"  # Trainer.push_to_hub leaves out what begins with an underscore
 
 
 def dense_copy(model):
     """A packed copy of a model without its sites, in evaluation mode and without gradients."""
-    pruned = is_token_pruned(model)
+    twin = _skeleton(model)
+    state = {k: whole(v) for k, v in model.state_dict().items() if not k.startswith("token_pruner.")}
+    twin.load_state_dict(state)
+    return freeze(twin.to(model.device))
+
+
+def _skeleton(model, device="cpu"):
+    """A dense model of the same sizes with weights of no meaning."""
     config = copy.deepcopy(model.config)
     for name in ("token_pruning", "auto_map"):
         if hasattr(config, name):
             delattr(config, name)
-    dense_class = type(model)._dense_class if pruned else type(model)
+    dense_class = type(model)._dense_class if is_token_pruned(model) else type(model)
     shapes = shape_map(model)
-    with restored(config, shapes):
-        attention = "sdpa" if dense_class._supports_sdpa else "eager"
-        twin = dense_class._from_config(config, attn_implementation=attention, dtype=model.dtype)
-    if shapes is not None:
-        replay(twin, shapes)
-    state = {k: whole(v) for k, v in model.state_dict().items() if not k.startswith("token_pruner.")}
-    twin.load_state_dict(state)
-    return freeze(twin.to(model.device))
+    with torch.device(device):
+        with restored(config, shapes):
+            attention = "sdpa" if dense_class._supports_sdpa else "eager"
+            twin = dense_class._from_config(config, attn_implementation=attention, dtype=model.dtype)
+        if shapes is not None:
+            replay(twin, shapes)
+    return twin
 
 
 def freeze(model):
@@ -108,7 +117,25 @@ def find_teacher(teacher, student):
             f"The teacher has {model.config.num_labels} labels, the model to be trained {student.config.num_labels}. Give a teacher "
             "for the same task."
         )
+    heads = [HEAD.search(type(each).__name__) for each in (model, student)]
+    if None not in heads and heads[0][0] != heads[1][0]:
+        raise TrainingError(
+            f"The teacher is a {type(model).__name__}, the model to be trained a {type(student).__name__}: they answer different "
+            "questions. Give a teacher with the same head, fine-tuned for the same task."
+        )
     return dense_copy(model).to(student.device)
+
+
+def check_head(model):
+    """Raise `UnsupportedModelError` if a model has other weights than the class and config of its folder would make."""
+    expected = {name: value.shape for name, value in _skeleton(model, "meta").state_dict().items()}
+    found = {name: value.shape for name, value in model.state_dict().items() if not name.startswith("token_pruner.")}
+    odd = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if odd:
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} is not as its config says, in {', '.join(odd[:3])}{', ...' if odd[3:] else ''}: saved, it "
+            "could not be opened again. Say by the config what can be said there (num_labels=...), and leave the modules as they are."
+        )
 
 
 def _fingerprint(folder):

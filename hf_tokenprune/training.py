@@ -19,7 +19,7 @@ from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, 
 from .processes import total_of
 from .results import evaluation_of_log
 from .sharding import check_sharding, has_engine, reshard
-from .teacher import dense_copy, find_teacher, load_teacher, save_teacher
+from .teacher import check_head, dense_copy, find_teacher, load_teacher, save_teacher
 from .trainer_card import complete, follow
 
 logger = logging.get_logger(__name__)
@@ -55,6 +55,7 @@ class TokenPruneCallback(TrainerCallback):
         self.objective = None
         self.total = 0
         self.told = False
+        self.settled = []  # what was spent, in each log since nothing is chosen any more
         self.meters = {}
         self.watch = None
 
@@ -76,6 +77,8 @@ class TokenPruneCallback(TrainerCallback):
         if adapters is not None:
             adapters.check(model, self.method)
             base = adapters.base_of(inner)
+        else:
+            check_head(inner)
         with _as_it_was_if_refused(inner):
             self.objective = self.method.attach(inner)
         if adapters is not None:
@@ -124,7 +127,14 @@ class TokenPruneCallback(TrainerCallback):
         group = _group_of(optimizer, gates, list(self.objective.parameters()))
         self.objective.sharded = has_engine(optimizer) or is_sharded(model)
         self.objective.forgets = not has_engine(optimizer)  # an engine keeps its moments to itself
-        self.total = state.max_steps
+        if state.global_step == 0:
+            self.objective.total = state.max_steps
+        self.total = self.objective.total or state.max_steps
+        if self.total != state.max_steps:
+            logger.warning(
+                f"The run that is resumed was begun for {self.total} steps and now has {state.max_steps}. Its phases end where they "
+                "would have ended; what comes after that settles."
+            )
         steps = self.method.schedule.steps(self.total)
         dense, self.objective.steps = steps["dense"], steps
         if self.method.schedule.static and not steps["static"]:
@@ -138,6 +148,7 @@ class TokenPruneCallback(TrainerCallback):
                 raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
             self.objective.start_run(learning_rate, steps)
         self.told = False
+        self.settled = []
         self.objective.moment = self.method.schedule.at(state.global_step, self.total)
         if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
             self.objective.harden()
@@ -211,6 +222,8 @@ class TokenPruneCallback(TrainerCallback):
         evaluated = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), None)
         if "loss" in logs:
             numbers = {**self.objective.state(), **self.objective.pop_log(), **self._pop_shares(True)}
+            if self.objective.moment.phase == "settle" and "macs_realised" in numbers:
+                self.settled.append(numbers["macs_realised"])
         elif evaluated not in (None, "train"):
             numbers = {f"{evaluated}_{name}": value for name, value in self._pop_shares(False).items()}
         else:
@@ -231,6 +244,7 @@ class TokenPruneCallback(TrainerCallback):
             self._pop_shares(False)  # a prediction is no evaluation
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._tell_if_missed()
         self.objective.teacher = None
         self.objective.end_run()
         if args.load_best_model_at_end and state.best_global_step:
@@ -249,6 +263,17 @@ class TokenPruneCallback(TrainerCallback):
     def on_push_begin(self, args, state, control, **kwargs):
         if self.model is not None and state.is_world_process_zero and _adapters(self.model) is None:
             complete(self.inner, args.output_dir)
+
+    def _tell_if_missed(self):
+        """Say so if the finished choice spends clearly more on the training texts than was asked for."""
+        target = self.objective.state().get("macs_target")
+        spent = self.settled[1:]  # the first of these logs may begin before the choice was made
+        if target is not None and spent and sum(spent) / len(spent) > 1.05 * target:
+            logger.warning(
+                f"The model spends {sum(spent) / len(spent):.3f} of the dense model's MACs on its training texts, more than the "
+                f"{target:g} asked for. Where all texts are about equally long, with fewer tokens than ToP's rank_bins, fewer bins "
+                "meet it: ToP(rank_bins=8), for instance."
+            )
 
     def _note_evaluation(self, args, history, prefix):
         """Remember for the model card what the last entry of the log says about the model as it is."""

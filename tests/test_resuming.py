@@ -6,7 +6,18 @@ import shutil
 import pytest
 import torch
 from families import build, make_inputs, outputs_of
-from training_helpers import Recorder, Texts, assert_same_state, at_home, kept_bins, put_checkpoint, top, trained, trainer_for
+from training_helpers import (
+    Recorder,
+    Texts,
+    assert_same_state,
+    at_home,
+    kept_bins,
+    put_checkpoint,
+    spent_share,
+    top,
+    trained,
+    trainer_for,
+)
 
 import hf_tokenprune as tp
 
@@ -130,8 +141,37 @@ def test_a_run_is_resumed_with_the_method_it_began_with(tmp_path, what, asked):
 
 
 def test_a_budget_that_changes_on_resuming_is_told(tmp_path, caplog):
-    trainer_for(tmp_path, top(), max_steps=4, save_strategy="steps", save_steps=2).train()
+    trainer_for(tmp_path, top(), max_steps=6, save_strategy="steps", save_steps=3).train()
     trainer = trainer_for(tmp_path, top(target_macs=0.6), max_steps=6)
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert "target_macs (was 0.5, is 0.6)" in caplog.text
     assert trainer.state.global_step == 6
+
+
+def phases_after(step, trainer):
+    return [entry["pruning_phase"] for entry in trainer.state.log_history if entry["step"] > step and "pruning_phase" in entry]
+
+
+def test_a_finished_run_that_is_made_longer_settles_on(tmp_path, caplog):
+    trainer_for(tmp_path, top(), save_strategy="steps", save_steps=4, logging_steps=1).train()
+    longer = trainer_for(tmp_path, top(), max_steps=16)
+    before = kept_bins(longer.model)
+    longer.train(resume_from_checkpoint=True)
+    assert "was begun for 12 steps and now has 16" in caplog.text
+    assert phases_after(12, longer) == [3] * 4
+    assert kept_bins(longer.model) != before
+    assert spent_share(longer.model, Texts()) < 0.51
+
+
+def test_a_run_that_is_made_longer_keeps_its_phases(tmp_path):
+    trainer_for(tmp_path, top(), save_strategy="steps", save_steps=1, logging_steps=1).train()
+    longer = trainer_for(tmp_path, top(), max_steps=24)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert phases_after(6, longer) == [2] * 2 + [3] * 16
+
+
+def test_a_budget_cannot_change_once_the_choice_is_made(tmp_path):
+    trainer_for(tmp_path, top(), save_strategy="steps", save_steps=10).train()
+    trainer = trainer_for(tmp_path, top(target_macs=0.6))
+    with pytest.raises(tp.errors.TrainingError, match="chosen by target_macs already"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))

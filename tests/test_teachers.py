@@ -1,8 +1,10 @@
 """Who may be the teacher, and how it judges."""
 
 import pytest
+import torch
 from families import build
-from training_helpers import Texts, assert_same_state, logged, spent_share, top, trained
+from training_helpers import Texts, assert_same_state, logged, spent_share, top, trained, trainer_for
+from transformers import BertForSequenceClassification
 
 import hf_tokenprune as tp
 
@@ -56,3 +58,19 @@ def test_a_teacher_judges_with_every_token(tmp_path):
 def test_after_training_the_teacher_is_let_go(tmp_path):
     trainer = trained(tmp_path)
     assert trainer.model.token_pruner.objective.teacher is None
+
+
+def test_a_teacher_with_another_head_is_refused_before_any_step(tmp_path):
+    trainer = trainer_for(tmp_path, top(teacher=build("bert", "ForTokenClassification")))
+    with pytest.raises(tp.errors.TrainingError, match="BertForTokenClassification, the model to be trained a BertForSequence"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_model_with_another_head_than_its_config_says_is_refused_at_once(tmp_path):
+    """It could not be opened again."""
+    model = build("bert", HEAD)
+    model.classifier = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 3))
+    with pytest.raises(tp.errors.UnsupportedModelError, match="not as its config says, in classifier"):
+        trainer_for(tmp_path, top(), model=model)
+    assert type(model) is BertForSequenceClassification

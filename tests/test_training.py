@@ -307,3 +307,23 @@ def test_a_forward_in_training_mode_without_gradients_works(phase):
     callback.objective.moment = top().schedule.at(phase, TOTAL)
     with torch.no_grad():
         assert model(**make_inputs("bert", HEAD)).logits.isfinite().all()
+
+
+def test_tokens_that_the_user_protects_count_towards_the_budget(tmp_path):
+    """A third of all tokens is protected, in each text another number."""
+    model = tp.attach(build("bert", HEAD), protected_token_ids=list(range(20, 53)))
+    trainer = trained(tmp_path, top(target_macs=0.7), model=model, max_steps=18)
+    assert 0.6 < spent_share(trainer.model, Texts()) < 0.71
+
+
+def test_a_budget_that_bins_cannot_meet_is_told(tmp_path, caplog):
+    """Of 50 bins, texts of 4 droppable tokens meet 4."""
+    data = {"data": Texts(96, lengths=(5, 5)), "max_steps": 24, "logging_steps": 2}
+    method = {"target_macs": 0.4, "importance": "learned", "rank_weight": 0.0}
+    trainer = trained(tmp_path, top(rank_bins=50, **method), **data)
+    assert spent_share(trainer.model, data["data"]) > 0.42
+    assert "more than the 0.4 asked for" in caplog.text
+    caplog.clear()
+    trainer = trained(tmp_path, top(rank_bins=4, **method), **data)
+    assert spent_share(trainer.model, data["data"]) < 0.42
+    assert "asked for" not in caplog.text

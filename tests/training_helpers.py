@@ -223,6 +223,7 @@ class PullMethod:
     def attach(self, model):
         tp.attach(model, {1: tp.RankBins(4)})
         state = model.token_pruner.training_state = nn.Module()
+        state.register_buffer("total", torch.tensor(0))
         state.w = nn.Parameter(torch.zeros(()))
         model.token_pruner.objective = Pull(model, 0.0)
         return model.token_pruner.objective

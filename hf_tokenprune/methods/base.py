@@ -177,6 +177,15 @@ class Objective:
     def teacher_number(self, number):
         self.pruner.training_state.teacher.fill_(number)
 
+    @property
+    def total(self):
+        """Steps of the run as it was begun, 0 if it never was."""
+        return int(self.pruner.training_state.total)
+
+    @total.setter
+    def total(self, steps):
+        self.pruner.training_state.total.fill_(steps)
+
     def state(self):
         """Where the run is, for the log."""
         return {"pruning_phase": PHASES.index(self.moment.phase), f"{self.cost}_target": self.target()}
@@ -241,8 +250,9 @@ class Objective:
             scale = lambda: self.loss_scale() / (self.accumulation * forwards.count)  # noqa: E731
             return carry(outputs, total, has_loss=loss is not None, share=scale, sharded=self.sharded)
         if loss is not None:
-            # Many heads of transformers ignore `num_items_in_batch`. A mean, times its part of the labels, is what it asks for.
-            outputs["loss"] = loss * of_step
+            # Many heads of transformers ignore `num_items_in_batch`. A mean, times its part of the labels, is what it asks for; the
+            # mean of none is NaN, and so would be its gradient.
+            outputs["loss"] = _zero_of(outputs) if _nothing_labelled(kwargs.get("labels")) else loss * of_step
         scale = self.loss_scale if loss is not None else lambda: self.loss_scale() * self.processes
         return carry(outputs, total * of_step, has_loss=loss is not None, share=scale, sharded=self.sharded)
 
@@ -332,6 +342,16 @@ class Objective:
         return {name: sum(total for total, _ in found) / sum(count for _, count in found) for name, found in pairs.items()}
 
 
+def _nothing_labelled(labels):
+    """Are there labels per token, and all of them to be ignored?"""
+    return labels is not None and labels.dim() > 1 and not labels.is_floating_point() and not labels.ne(-100).any()
+
+
+def _zero_of(outputs):
+    """A loss of 0 whose gradient is one of zeros."""
+    return next(value for name, value in outputs.items() if name.endswith("logits")).sum() * 0.0
+
+
 def _apart(student, teacher):
     """Mean squared difference, relative to the teacher's mean square: 0 = the same, about 2 = of unrelated directions."""
     return regression_distillation(student, teacher) / teacher.detach().float().square().mean()
@@ -353,8 +373,10 @@ def _rows_that_count(tensor, kwargs):
     """Mask of rows to compare: labelled ones where labels are per token, else real tokens, else (per sample) all."""
     labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
     rows = tensor.shape[:-1]
-    if labels is not None and labels.shape == rows and (labels == -100).any():
-        return labels != -100
+    if labels is not None and labels.shape == rows:
+        counts = labels != -100
+        if counts.any() and not counts.all():
+            return counts
     if mask is not None and mask.shape == rows and tensor.dim() > 2:
         return mask.bool()
     return None
