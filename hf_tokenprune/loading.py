@@ -23,8 +23,8 @@ def from_pretrained(folder_or_id, **kwargs):
 
     Args:
         folder_or_id: a local folder, or the id of a repository on the Hub.
-        kwargs: as for `AutoModel.from_pretrained` (`revision`, `dtype`, `device_map`, ...). `trust_remote_code` is refused: this
-            function is for not trusting it.
+        kwargs: as for `AutoModel.from_pretrained` (`revision`, `dtype`, `device_map`, a setting of the config, ...).
+            `trust_remote_code` is refused: this function is for not trusting it.
 
     Returns:
         The model with the head it was saved with, in evaluation mode.
@@ -52,7 +52,12 @@ def from_pretrained(folder_or_id, **kwargs):
     if not written:
         raise ConfigError(f"{folder_or_id} holds no model: its config.json is missing or empty.")
     _check_counts(written, folder_or_id)
-    config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False, **hub)
+    config = kwargs.pop("config", None)
+    if config is None:
+        # The weights' type is not for the config, which would take it for its own.
+        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+        config, kwargs = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False, return_unused_kwargs=True, **kwargs)
+        kwargs = {**hub, **kwargs, **dtype}
     return open_as(config, folder_or_id, **kwargs)
 
 

@@ -20,7 +20,9 @@ FILE = "README.md"
 PLOT = "tokens_per_layer.png"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 DATA = "token_pruning_results"  # the evaluation, among the metadata of a card, from which it can be written anew
-SECTION = re.compile(r"<!-- hf_tokenprune: begin ?(?P<print>\w*) -->(?P<text>.*?)<!-- hf_tokenprune: end -->", re.S)
+SECTION = re.compile(
+    r"<!-- hf_tokenprune: begin ?(?P<print>\w*) ?(?P<rest>\w*) -->(?P<text>.*?)<!-- hf_tokenprune: end -->", re.S
+)
 SENTENCE_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 METHODS = {
     "top": ("ToP", "2306.14393"),
@@ -120,8 +122,8 @@ def read_folder(folder: Path) -> dict:
 
 
 def code_of(folder: Path) -> dict[str, bytes]:
-    """The code that lies in a folder."""
-    return {file.name: file.read_bytes() for file in sorted(Path(folder).glob("*.py"))}
+    """The code that lies in a folder, but for the script that DeepSpeed leaves beside its checkpoints."""
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).glob("*.py")) if file.name != "zero_to_fp32.py"}
 
 
 def sentence_class_of(folder: Path) -> str | None:

@@ -13,15 +13,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from .errors import ConfigError
-from .model_card import DATA, FILE, PLOT, code_of, draw, make_card, name_of, read_folder, sentence_class_of
-from .readme import is_persons, update
+from .model_card import DATA, FILE, PLOT, SECTION, code_of, draw, make_card, name_of, read_folder, sentence_class_of
+from .readme import is_edited, update
 from .results import read_results
 from .writing import write_file
 
 # What a checkpoint needs to be resumed, pickles, caches and whatever is hidden stay at home.
 LEFT_OUT = [
     "_*", ".*", "*/.*", "*/_*", "checkpoint-*", "runs/*", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "*.bin",
-    "trainer_state.json",
+    "trainer_state.json", "global_step*", "latest", "zero_to_fp32.py",
 ]  # fmt: skip
 WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 
@@ -97,11 +97,12 @@ def push(
         if token is None:
             raise ConfigError("There is no token to log in to the Hub with. Run `hf auth login`, or set HF_TOKEN.")
         online.prepare()
-    # A card that somebody has edited on the Hub is not to be lost.
-    current = local if dry_run or is_persons(folder / FILE) else online.card() or local
+    # A card that somebody has edited is not to be lost, neither here nor on the Hub.
+    there = None if dry_run or (local is not None and is_edited(local)) else online.card()
+    current = there if there is not None and (local is None or is_edited(there)) else local
     evaluation = {**(before if isinstance(before, dict) else {}), **evaluation}
     picture = draw(evaluation)
-    known = {**_data(local), **_data(current)}
+    known = {**_data(local), **_data(there)}
     card = make_card(
         config, code_of(folder), evaluation, name=name_of(repo_id), repo_id=repo_id, base_model=known.get("base_model"),
         license=license or known.get("license"), plot=PLOT if picture else None, sentence_class=sentence_class,
@@ -110,14 +111,15 @@ def push(
     contents = dict(files)
     if text is not None:
         contents[FILE] = text.encode()
-    elif current is not local:
+    elif there is not None and current is there:
         contents.pop(FILE, None)  # the one on the Hub stays
     if picture and text:
         contents[PLOT] = picture
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in sorted(contents.items())}
     url = None
     if not dry_run:
-        if text and os.access(folder, os.W_OK):
+        ours = current is local or local is None or SECTION.search(local)  # else nobody knows who wrote what lies here
+        if text and ours and os.access(folder, os.W_OK):
             for name in (FILE, PLOT) if picture else (FILE,):
                 write_file(folder / name, contents[name])
         url = online.commit(contents)

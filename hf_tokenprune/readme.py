@@ -2,7 +2,8 @@
 
 Of a README.md that this package, transformers or a Trainer (also of sentence-transformers) wrote, the section on token pruning
 is kept up to date. Where a person has written a README.md without that section, or has edited the section (its fingerprint no
-longer fits), the file is left as it is. What else stands in a README.md stays.
+longer fits), the file is left as it is. What else stands in a README.md stays; a second fingerprint tells whether a person has edited
+that.
 """
 
 import os
@@ -32,6 +33,8 @@ from .writing import write_file
 
 logger = logging.get_logger(__name__)
 
+EDITED = "edited"  # in the place of the fingerprint of a text that a person has a part in
+
 # What nobody but these writes into a README.md: to be completed by our section, or (transformers' own says nothing) replaced.
 BY_SENTENCE_TRANSFORMERS = "*Clearly define terms in order to be accessible across audiences.*"
 BY_TRAINER = "generated automatically according to the information the Trainer had access to"
@@ -50,7 +53,7 @@ def update(card: ModelCard, existing: str | None, append: bool = False) -> str |
         The text; None if a person wrote the present one, which stays.
     """
     if existing is None or BY_TRANSFORMERS in existing:
-        return str(card)
+        return _sealed(str(card))
     found, ours = SECTION.search(existing), SECTION.search(card.text)
     if found is None and not append and not _is_completed(existing):
         return None
@@ -66,20 +69,28 @@ def update(card: ModelCard, existing: str | None, append: bool = False) -> str |
         old.pop("model-index", None)  # it was ours, or is empty
     old.pop(DATA, None)
     tags = list(dict.fromkeys([*_list(old.pop("tags", None)), *new.pop("tags")]))
-    return str(_with(theirs, {**new, **old, "tags": tags}, text))
+    # Without our section nobody knows; with `append` a Trainer has just written it.
+    edited = not append if found is None else is_edited(existing)
+    return _sealed(str(_with(theirs, {**new, **old, "tags": tags}, text)), edited)
 
 
 def is_persons(file: Path) -> bool:
     """Has a person written (or edited) this README.md, as far as can be told?"""
-    if not file.exists():
-        return False
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if _is_completed(text) or BY_TRANSFORMERS in text:
-        return False
+    return file.exists() and is_edited(file.read_text(encoding="utf-8", errors="replace"))
+
+
+def is_edited(text: str) -> bool:
+    """Has a person written (or edited) a text of README.md, as far as can be told?"""
     section = SECTION.search(text)
-    if section is None or section["print"] != fingerprint(section["text"]):
+    if BY_TRANSFORMERS in text:
+        return False
+    if section is None:
+        return not _is_completed(text)
+    if section["print"] != fingerprint(section["text"]):
         return True
-    return not _is_bare(ModelCard(text, ignore_metadata_errors=True).text)
+    if section["rest"]:
+        return section["rest"] != _rest(text)
+    return not _is_completed(text) and not _is_bare(ModelCard(text, ignore_metadata_errors=True).text)
 
 
 def write_card(
@@ -138,6 +149,16 @@ def describe(model, folder, repo_id=None, append=False, plot=False):
 
 
 TokenPruningMixin._write_card = describe  # the code on the Hub writes none
+
+
+def _sealed(text, edited=False):
+    """A text with the fingerprint, in the mark of our section, of what stands outside of it."""
+    second = EDITED if edited else _rest(text)
+    return re.sub(r"(hf_tokenprune: begin \w+)( \w+)?(?= -->)", lambda mark: f"{mark[1]} {second}", text, count=1)
+
+
+def _rest(text):
+    return fingerprint(SECTION.sub("", text, count=1))
 
 
 def _is_completed(text):

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .model_card import FILE
 from .modeling.architectures import transformers_model
-from .modeling.modeling_token_pruned import under_its_own_class
+from .modeling.modeling_token_pruned import as_published
 from .readme import describe, is_persons
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,7 @@ def complete(model, folder):
     """Put beside weights that are uploaded during training what the Trainer does not copy there: the code and the card."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with under_its_own_class(model):
+    with as_published(model):
         custom_object_save(model, folder, config=model.config)
-    model.config.save_pretrained(folder)
+        model.config.save_pretrained(folder)
     describe(model, folder)

@@ -73,6 +73,24 @@ run("edited", "writer", saved, "user/edited")
 model = tp.from_pretrained(saved)
 model.push_to_hub("user/model", token="writer")
 
+# A person edits a card that a Trainer wrote: here, and on the Hub.
+trainer = trainer_for(root / "own", top(), max_steps=6)
+trainer.train()
+trainer.save_model()
+trainer.create_model_card()
+for name in ("here", "there"):
+    folder = shutil.copytree(root / "own", root / name)
+    card = folder / "README.md"
+    run(name, "writer", folder, f"user/{name}")
+    words = "\\n\\nWords of a person.\\n"
+    if name == "here":
+        card.write_text(card.read_text() + words)
+    else:
+        api.upload_file(repo_id="user/there", path_in_repo="README.md", path_or_fileobj=(card.read_text() + words).encode())
+    for again in range(2):
+        run(f"{name} {again}", "writer", folder, f"user/{name}", "--results", root / "bench.json")
+    reports[f"{name} card"] = card.read_text()
+
 arguments = {"push_to_hub": True, "hub_token": "writer", "hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 6,
              "eval_strategy": "steps", "eval_steps": 6, "logging_steps": 6,
              "compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}}
@@ -139,7 +157,10 @@ def story(tmp_path_factory):
         torch.save(logits(tp.from_pretrained(root / name), inputs), root / f"{name}.logits")
     model.save_pretrained(root / "shards", max_shard_size="40KB")
     (root / "saved" / "optimizer.pt").write_bytes(b"a pickle")
-    before = {file.name: file.read_bytes() for file in (root / "saved").iterdir()}
+    (root / "saved" / "global_step10").mkdir()  # of DeepSpeed
+    for name in ("global_step10/mp_rank_00_model_states.pt", "latest", "zero_to_fp32.py"):
+        (root / "saved" / name).write_bytes(b"a pickle")
+    before = {file.name: file.read_bytes() for file in (root / "saved").iterdir() if file.is_file()}
     with running_hub() as hub:
         in_process(PUSHER, root, hub=hub, home=root / "home")
         torch.save(logits(tp.from_pretrained(root / "of_trainer"), inputs), root / "of_trainer.logits")
@@ -155,7 +176,7 @@ def story(tmp_path_factory):
         in_process(READER, root, "offline.json", hub=hub, home=root / "reader", HF_HUB_OFFLINE="1")
         assert len(hub.asked) == asked
     reports = {name: json.loads((root / f"{name}.json").read_text()) for name in ("reports", "online", "offline")}
-    after = {file.name: file.read_bytes() for file in (root / "saved").iterdir()}
+    after = {file.name: file.read_bytes() for file in (root / "saved").iterdir() if file.is_file()}
     reports["changed"] = sorted(name for name in after if after[name] != before.get(name))
     return hub, reports
 
@@ -227,6 +248,19 @@ def test_a_card_that_was_written_on_the_hub_stays(story):
     assert "by hand" in reports["reports"]["edited"]["out"]
     assert hub.files("user/edited")["README.md"] == b"# Mine\n\nWritten by hand.\n"
     assert "model.safetensors" in hub.files("user/edited")
+
+
+@pytest.mark.parametrize("name", ["here", "there"])
+def test_a_trainers_card_that_a_person_has_edited_keeps_the_words(story, name):
+    """Wherever it was edited; and what is measured later still gets into our section."""
+    hub, reports = story
+    assert [reports["reports"][f"{name}{again}"]["status"] for again in ("", " 0", " 1")] == [0, 0, 0]
+    online = hub.files(f"user/{name}")["README.md"].decode()
+    assert "generated automatically" in online
+    assert online.rstrip().endswith("Words of a person.")
+    assert "Some CPU" in online
+    if name == "here":
+        assert reports["reports"]["here card"] == online
 
 
 REFUSED = {

@@ -17,6 +17,7 @@ from training_helpers import Texts, at_home, top, trainer_for
 
 import hf_tokenprune as tp
 from hf_tokenprune.modeling import modeling_token_pruned
+from hf_tokenprune.trainer_card import complete
 
 HEAD = "ForSequenceClassification"
 SHIPPED = {file.name: file.read_text() for file in Path(modeling_token_pruned.__file__).parent.glob("[!_]*.py")}
@@ -576,3 +577,24 @@ def test_a_dense_run_of_the_trainer_still_saves_a_dense_folder(tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     assert type(tp.from_pretrained(tmp_path / "saved")) is hf.BertForSequenceClassification
     assert not list((tmp_path / "saved").glob("*.py"))
+
+
+def test_an_auto_map_of_another_repository_is_not_saved(tmp_path):
+    """It would lead to files that do not lie in the folder."""
+    model, own = make("bert", HEAD, bins_and_number), {"AutoConfig": "configuration_own.Own", "AutoModel": "modeling_own.Own"}
+    model.config.auto_map = dict(own)
+    model.save_pretrained(tmp_path)
+    assert_published_form(tmp_path, hf.BertForSequenceClassification)
+    assert model.config.auto_map == own
+    complete(model, tmp_path)
+    assert_published_form(tmp_path, hf.BertForSequenceClassification)
+
+
+def test_settings_of_the_config_may_be_given_when_opening(tmp_path):
+    make("bert", HEAD, bins_and_number).save_pretrained(tmp_path)
+    model = tp.from_pretrained(tmp_path, output_hidden_states=True, id2label={0: "a", 1: "b", 2: "c"}, dtype=torch.bfloat16)
+    assert len(model(**make_inputs("bert", HEAD)).hidden_states) == 5
+    assert (model.config.id2label[1], model.dtype) == ("b", torch.bfloat16)
+    config = hf.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
+    config.id2label = {0: "x", 1: "y", 2: "z"}
+    assert tp.from_pretrained(tmp_path, config=config).config.id2label[1] == "y"

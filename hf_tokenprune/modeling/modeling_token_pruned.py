@@ -93,9 +93,9 @@ class TokenPruningMixin:
             raise TrainingError("FSDP2 has this model in shards. Save it by trainer.save_model(folder), in all processes.")
         rest = is_main_process, state_dict, push_to_hub, *args
         if not is_main_process or push_to_hub or Path(save_directory).is_file() or kwargs.get("distributed_checkpoint"):
-            with under_its_own_class(self):
+            with as_published(self):
                 return super().save_pretrained(save_directory, *rest, **kwargs)
-        with all_or_nothing(save_directory) as folder, under_its_own_class(self):
+        with all_or_nothing(save_directory) as folder, as_published(self):
             super().save_pretrained(folder, *rest, **kwargs)
         self._write_card(save_directory)
         return None
@@ -109,14 +109,22 @@ class TokenPruningMixin:
 
 
 @contextlib.contextmanager
-def under_its_own_class(model):
-    """FSDP2 gives a model a class made for it on the spot; who opens the folder needs the one that it had."""
-    now = type(model)
+def as_published(model):
+    """What is saved names the class that opens it, and no other code.
+
+    FSDP2 gives a model a class made for it on the spot; who opens the folder needs the one that it had. And a model from the Hub may
+    have an `auto_map` of its own, to files that would not lie in the folder.
+    """
+    now, config = type(model), model.config
+    own = config.__dict__.pop("auto_map", None)
     model.__class__ = next(kind for kind in now.__mro__ if "_dense_class" in vars(kind))
     try:
         yield
     finally:
         model.__class__ = now
+        config.__dict__.pop("auto_map", None)
+        if own is not None:
+            config.auto_map = own
 
 
 @functools.cache
@@ -391,7 +399,7 @@ def detach(model):
             module.__class__ = type(module)._dense_class
     if hasattr(model.config, "token_pruning"):  # it may be gone with another model that has the same config object
         del model.config.token_pruning
-    # Saving has put our class there; what a user had in it stays.
+    # A model that was opened from a saved folder has our class there; what else a user had in it stays.
     others = {k: v for k, v in (getattr(model.config, "auto_map", None) or {}).items() if "modeling_token_pruned." not in v}
     if others:
         model.config.auto_map = others
