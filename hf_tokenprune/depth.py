@@ -143,7 +143,8 @@ def image_depths(model: nn.Module, images: Sequence[Any], processor) -> Iterator
         found = token_depths(model, inputs)
         patch = encoder.config.patch_size
         across = inputs["pixel_values"].shape[-1] // (patch if isinstance(patch, int) else patch[1])
-        patches = found.depths[:, family.summary_tokens :]
+        before = family.summary_tokens + getattr(encoder.config, "num_register_tokens", 0)
+        patches = found.depths[:, before:]
         yield found, [Grid(rows.view(-1, across).tolist(), found.layers) for rows in patches]
 
 

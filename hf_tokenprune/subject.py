@@ -205,7 +205,7 @@ def contenders(model):
 def now(model: nn.Module) -> float:
     """Seconds on a clock, once everything that the model's device was asked for is done."""
     if model.device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(model.device)
     return time.perf_counter()
 
 

@@ -142,3 +142,11 @@ def test_examples():
     results = doctest.testmod(importlib.import_module("hf_tokenprune.losses.carry"))
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_outputs_may_be_edited_in_place():
+    case = Case()
+    case.second[:, 2] = -1.0
+    case.second.sum().backward()
+    assert torch.equal(case.w.grad, torch.tensor([[2.0, 2.0, 0.0]] * 2))
+    assert case.a.grad.item() == pytest.approx(3 * SHARE)

@@ -124,13 +124,13 @@ def test_patches_lie_row_by_row():
             assert return_tensors == "pt"
             return {"pixel_values": torch.stack(images)}
 
-    for name in ("deit", "siglip"):
+    for name, before in (("deit", 2), ("siglip", 0), ("dinov2_with_registers", 1 + 4)):
         head = "ForImageClassification"
         model = attach(build(name, head), [1])
         pixels = torch.randn(3, 3, 24, 24)
         ((found, grids),) = image_depths(model, list(pixels), Processor())
         assert [len(row) for row in grids[0].rows] == [6] * 6
-        assert [depth for row in grids[1].rows for depth in row] == found.depths[1, SUMMARY[name] :].tolist()
+        assert [depth for row in grids[1].rows for depth in row] == found.depths[1, before:].tolist()
 
 
 def test_the_legend_says_what_the_last_layer_does():

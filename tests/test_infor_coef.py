@@ -2,6 +2,7 @@
 run resumes exactly wherever it was killed."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ from weights_helpers import (
 import hf_tokenprune as tp
 from hf_tokenprune.cost import dense_macs, trace_macs
 from hf_tokenprune.methods import infor_coef as module
+from hf_tokenprune.methods.layers import _table
 from hf_tokenprune.modeling.packing import PackedBatch
 from hf_tokenprune.modeling.selection import Skim
 from hf_tokenprune.modeling.sizes import sizes_of
@@ -293,6 +295,14 @@ def test_under_a_budget_few_are_dropped_at_random(budget, dropped):
     look.sampler = Margins(32)
     kept = look(torch.zeros(40_000, 32), batch, torch.zeros(40_000, dtype=torch.bool))
     assert 1 - kept.mean().item() == pytest.approx(dropped, rel=0.15)
+
+
+def test_tokens_that_a_sampler_has_dropped_are_not_distilled():
+    batch = PackedBatch.from_mask(torch.tensor([[1, 1, 1], [1, 1, 0]]), batch_size=2, seq_len=3, device="cpu")
+    alive = torch.tensor([True, False, True, True, False, False])
+    weighted = batch.with_weights(alive[batch.index].float(), masked=True)
+    _, there = _table(SimpleNamespace(survivors=weighted, left=torch.zeros(1, 5, 4)))
+    assert torch.equal(there, alive)
 
 
 # The optimizer, accumulation, checkpointing, precision

@@ -379,6 +379,7 @@ WRONG = {
     "method": {"method": "cofi"},
     "target_macs": {"target_macs": 1.5},
     "settings": {"settings": {"bins": 3}},
+    "annealing": {"settings": {"schedule": {"annealing": 1}}},
     "cut weights": {"method": "infor_coef", "settings": {"static_macs": 0.7, "schedule": {"static": 1}}},
 }
 

@@ -475,3 +475,12 @@ def test_explain_of_a_dense_model_says_so(folders, capsys):
 def test_explain_refuses_in_one_line(folders, capsys, folder, texts, words):
     assert run("explain", folders[folder], *texts) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["albert", "mpnet", "deberta-v2", "gemma3"])
+def test_families_of_which_nothing_can_be_cut_have_a_report_too(name):
+    model = tp.attach(build(name, "ForSequenceClassification"), {1: tp.TopK(0.5)})
+    made = tp.report(model, ["a lovely film", "an old house"], tokenizer=make_tokenizer(), repeats=1)
+    assert (made.model.heads, made.model.units, made.model.hidden) == (None, None, None)
+    assert sum(made.model.macs) < sum(made.dense.macs)
+    Page(made.html())

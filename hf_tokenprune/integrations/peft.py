@@ -188,10 +188,10 @@ class TokenPruneConfig(PeftConfig):
         if self.method not in METHODS:
             raise ConfigError(f"TokenPruneConfig(method={self.method!r}): {' or '.join(METHODS)}.")
         settings = dict(self.settings or {})
-        schedule = Schedule(**settings.pop("schedule", {"dense": 0, "anneal": 1, "settle": 0}))
         if self.method == "infor_coef":
             settings = {"static_macs": None, **settings}
         try:
+            schedule = Schedule(**settings.pop("schedule", {"dense": 0, "anneal": 1, "settle": 0}))
             method = METHODS[self.method](target_macs=self.target_macs, schedule=schedule, **settings)
         except TypeError as error:
             raise ConfigError(f"TokenPruneConfig(settings={self.settings!r}): {error}.") from None

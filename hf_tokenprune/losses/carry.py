@@ -11,7 +11,7 @@ class _Carry(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.has_loss, ctx.share, ctx.like = has_loss, share, auxiliary.detach()
         ctx.kinds = [(x.shape, x.dtype, x.device) for x in tensors] if sharded else None
-        passed = [tensor.clone() if sharded else tensor.view_as(tensor) for tensor in tensors]
+        passed = [tensor.clone() for tensor in tensors]  # no views: who computes a loss may edit logits in place
         if has_loss:
             passed[0] = tensors[0] + auxiliary.to(tensors[0].dtype)
         return tuple(passed)
@@ -39,8 +39,8 @@ def carry(outputs, auxiliary, *, has_loss, share, sharded=False):
         has_loss: the first entry of `outputs` is the model's loss.
         share: callable giving the weight of `auxiliary` where the model's loss is not used, because its scaling is unknown then;
             for instance 1 / accumulation steps.
-        sharded: FSDP2 or DeepSpeed looks on. The one warns of views, so what is passed through is copied; the other wants a gradient
-            of whatever is connected, so outputs that nobody reads get one of zeros.
+        sharded: FSDP2 or DeepSpeed looks on. DeepSpeed wants a gradient of whatever is connected, so outputs that nobody reads get
+            one of zeros.
 
     Returns:
         Outputs of the same type.

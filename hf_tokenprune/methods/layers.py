@@ -79,5 +79,5 @@ def _table(call):
     """Hidden states after a layer as `(B * S, H)`, and which of these tokens there are."""
     batch = call.survivors
     there = torch.zeros(batch.batch_size * batch.seq_len, dtype=torch.bool, device=batch.index.device)
-    there.index_fill_(0, batch.index, True)
+    there[batch.index] = True if batch.weights is None else batch.weights > 0  # a sampler's dropped tokens wait, masked
     return batch.unpack(call.left.float()).flatten(0, 1), there

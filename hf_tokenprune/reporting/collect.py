@@ -32,17 +32,17 @@ class Contender:
         macs: MACs of each layer.
         ms: milliseconds of each layer.
         rest_ms: milliseconds outside of the layers.
-        heads, units: attention heads and FFN units of each layer.
-        hidden: hidden units.
+        heads, units: attention heads and FFN units of each layer; None of a family of which nothing can be cut.
+        hidden: hidden units, or None.
         parameters: how many there are.
     """
 
     macs: list[float]
     ms: list[float]
     rest_ms: float
-    heads: list[int]
-    units: list[int]
-    hidden: int
+    heads: list[int] | None
+    units: list[int] | None
+    hidden: int | None
     parameters: int
 
     @property
@@ -212,12 +212,13 @@ def _packed_macs(shapes, pruner):
     macs = [shape.whole(lengths) for shape in shapes]
     if pruner.pooled_head:
         ones = [1] * len(lengths)
-        macs[-1] = shapes[-1].macs(entered=lengths, queries=ones, survived=ones)
+        queries = lengths if pruner.family.probabilities else ones
+        macs[-1] = shapes[-1].macs(entered=lengths, queries=queries, survived=ones)
     return macs
 
 
 def _contender(model, macs, times, samples):
-    hidden, heads, units = sizes_of(model)
+    hidden, heads, units = (None,) * 3 if model.token_pruner.family.uncut else sizes_of(model)
     layers, rest = times
     count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("token_pruner."))
     return Contender(macs, [ms / samples for ms in layers], rest / samples, heads, units, hidden, count)
