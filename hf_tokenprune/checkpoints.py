@@ -26,7 +26,6 @@ MAY_CHANGE = {
     "target_macs", "target_params", "static_macs", "schedule", "gate_lr", "constraint",
     "distill_weight", "layer_weight", "rank_weight", "importance_weight", "entropy_weight", "norm_weight",
 }  # fmt: skip
-BUDGETS = {"target_macs", "target_params", "static_macs"}
 NAMED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, without importing the whole Trainer
@@ -63,11 +62,11 @@ def _check_method(folder, model):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # an adapter's, or none that we wrote
         return
     changed = list(_changed(then, now))
-    late = [name for name, *_ in changed if name in BUDGETS] if _has_chosen(folder, then) else []
+    late = {name for name, *_ in changed} & _chosen_by(folder, then)
     if late:
         raise TrainingError(
-            f"{folder} is of a run that has chosen by {', '.join(late)} already what goes. Resume it with the budget that it began "
-            "with; to prune the model further, begin a new run with it."
+            f"{folder} is of a run that has chosen by {', '.join(sorted(late))} already what goes. Resume it with the budget that it "
+            "began with; to prune the model further, begin a new run with it."
         )
     if any(name not in MAY_CHANGE for name, *_ in changed):
         raise TrainingError(
@@ -80,12 +79,24 @@ def _check_method(folder, model):
         logger.warning(f"The run that is resumed goes on with other settings than it began with: {what}.")
 
 
-def _has_chosen(folder, method):
-    """Is a checkpoint of the last phase of a run with this method?"""
+def _chosen_by(folder, method):
+    """The budgets by which a checkpoint's run has chosen already what goes."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     logged = [entry["pruning_phase"] for entry in state["log_history"] if "pruning_phase" in entry]
-    moment = Schedule(**method["schedule"]).at(state["global_step"], state["max_steps"])
-    return moment.phase == "settle" or logged[-1:] == [PHASES.index("settle")]
+    planned = Schedule(**method["schedule"]).at(state["global_step"], _begun_for(folder) or state["max_steps"])
+    phase = max([PHASES.index(planned.phase), *logged[-1:]])
+    done = {"static_macs": "static", "target_macs": "anneal", "target_params": "anneal"}
+    return {budget for budget, last in done.items() if phase > PHASES.index(last)}
+
+
+def _begun_for(folder):
+    """The number of steps that a checkpoint's run was begun for, None if that cannot be told."""
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            name = next(name for name in weights.keys() if name.endswith("training_state.total"))  # noqa: SIM118
+            return int(weights.get_tensor(name)) or None
+    except (OSError, SafetensorError, StopIteration):  # in several files, or of an adapter
+        return None
 
 
 def _changed(then, now):

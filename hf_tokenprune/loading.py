@@ -18,6 +18,9 @@ MOST = {
 }
 
 
+HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+
+
 def from_pretrained(folder_or_id, **kwargs):
     """Load a model that was saved token-pruned (or a plain one, which stays dense).
 
@@ -42,7 +45,7 @@ def from_pretrained(folder_or_id, **kwargs):
             "hf_tokenprune.from_pretrained never executes code from the folder. To do that, call "
             "AutoModelFor....from_pretrained(..., trust_remote_code=True) of transformers."
         )
-    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if name in kwargs}
+    hub = {name: kwargs[name] for name in HUB if name in kwargs}
     try:
         written, _ = PreTrainedConfig.get_config_dict(folder_or_id, **hub)
     except OSError as error:
@@ -53,6 +56,8 @@ def from_pretrained(folder_or_id, **kwargs):
         raise ConfigError(f"{folder_or_id} holds no model: its config.json is missing or empty.")
     _check_counts(written, folder_or_id)
     config = kwargs.pop("config", None)
+    if isinstance(config, (str, os.PathLike)):
+        config = AutoConfig.from_pretrained(config, trust_remote_code=False)
     if config is None:
         # The weights' type is not for the config, which would take it for its own.
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}

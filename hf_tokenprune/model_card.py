@@ -21,7 +21,8 @@ PLOT = "tokens_per_layer.png"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 DATA = "token_pruning_results"  # the evaluation, among the metadata of a card, from which it can be written anew
 SECTION = re.compile(
-    r"<!-- hf_tokenprune: begin ?(?P<print>\w*) ?(?P<rest>\w*) -->(?P<text>.*?)<!-- hf_tokenprune: end -->", re.S
+    r"<!-- hf_tokenprune: begin ?(?P<print>\w*) ?(?P<rest>\w*) ?(?P<edited>\w*) -->(?P<text>.*?)<!-- hf_tokenprune: end -->",
+    re.S,
 )
 SENTENCE_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 METHODS = {

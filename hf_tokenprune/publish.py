@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from .errors import ConfigError
 from .model_card import DATA, FILE, PLOT, SECTION, code_of, draw, make_card, name_of, read_folder, sentence_class_of
-from .readme import is_edited, update
+from .readme import is_changed, is_edited, update
 from .results import read_results
 from .writing import write_file
 
@@ -97,9 +97,12 @@ def push(
         if token is None:
             raise ConfigError("There is no token to log in to the Hub with. Run `hf auth login`, or set HF_TOKEN.")
         online.prepare()
-    # A card that somebody has edited is not to be lost, neither here nor on the Hub.
-    there = None if dry_run or (local is not None and is_edited(local)) else online.card()
-    current = there if there is not None and (local is None or is_edited(there)) else local
+    # What a person has written is not to be lost, neither here nor on the Hub.
+    there = None if dry_run or (local is not None and is_changed(local)) else online.card()
+    theirs = there is not None and (
+        local is None or is_changed(there) or not SECTION.search(there) or (is_edited(there) and not is_edited(local))
+    )
+    current = there if theirs else local
     evaluation = {**(before if isinstance(before, dict) else {}), **evaluation}
     picture = draw(evaluation)
     known = {**_data(local), **_data(there)}
@@ -111,7 +114,7 @@ def push(
     contents = dict(files)
     if text is not None:
         contents[FILE] = text.encode()
-    elif there is not None and current is there:
+    elif theirs:
         contents.pop(FILE, None)  # the one on the Hub stays
     if picture and text:
         contents[PLOT] = picture

@@ -33,7 +33,7 @@ from .writing import write_file
 
 logger = logging.get_logger(__name__)
 
-EDITED = "edited"  # in the place of the fingerprint of a text that a person has a part in
+EDITED = "edited"  # beside the fingerprints: a person has a part in the text
 
 # What nobody but these writes into a README.md: to be completed by our section, or (transformers' own says nothing) replaced.
 BY_SENTENCE_TRANSFORMERS = "*Clearly define terms in order to be accessible across audiences.*"
@@ -69,9 +69,7 @@ def update(card: ModelCard, existing: str | None, append: bool = False) -> str |
         old.pop("model-index", None)  # it was ours, or is empty
     old.pop(DATA, None)
     tags = list(dict.fromkeys([*_list(old.pop("tags", None)), *new.pop("tags")]))
-    # Without our section nobody knows; with `append` a Trainer has just written it.
-    edited = not append if found is None else is_edited(existing)
-    return _sealed(str(_with(theirs, {**new, **old, "tags": tags}, text)), edited)
+    return _sealed(str(_with(theirs, {**new, **old, "tags": tags}, text)), found is not None and is_edited(existing))
 
 
 def is_persons(file: Path) -> bool:
@@ -80,7 +78,13 @@ def is_persons(file: Path) -> bool:
 
 
 def is_edited(text: str) -> bool:
-    """Has a person written (or edited) a text of README.md, as far as can be told?"""
+    """Has a person written (or edited, at any time) a text of README.md, as far as can be told?"""
+    section = SECTION.search(text)
+    return is_changed(text) or (section is not None and section["edited"] == EDITED)
+
+
+def is_changed(text: str) -> bool:
+    """Has anybody but this package changed a text of README.md since this package or a Trainer wrote it, as far as can be told?"""
     section = SECTION.search(text)
     if BY_TRANSFORMERS in text:
         return False
@@ -153,8 +157,8 @@ TokenPruningMixin._write_card = describe  # the code on the Hub writes none
 
 def _sealed(text, edited=False):
     """A text with the fingerprint, in the mark of our section, of what stands outside of it."""
-    second = EDITED if edited else _rest(text)
-    return re.sub(r"(hf_tokenprune: begin \w+)( \w+)?(?= -->)", lambda mark: f"{mark[1]} {second}", text, count=1)
+    more = f"{_rest(text)} {EDITED}" if edited else _rest(text)
+    return re.sub(r"(hf_tokenprune: begin \w+)[\w ]*(?= -->)", lambda mark: f"{mark[1]} {more}", text, count=1)
 
 
 def _rest(text):

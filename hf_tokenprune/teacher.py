@@ -45,6 +45,8 @@ def _skeleton(model, device="cpu"):
             twin = dense_class._from_config(config, attn_implementation=attention, dtype=model.dtype)
         if shapes is not None:
             replay(twin, shapes)
+    if getattr(model, "pooler", twin) is None:  # made with add_pooling_layer=False, which no config says
+        twin.pooler = None
     return twin
 
 

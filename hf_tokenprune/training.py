@@ -129,12 +129,7 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.forgets = not has_engine(optimizer)  # an engine keeps its moments to itself
         if state.global_step == 0:
             self.objective.total = state.max_steps
-        self.total = self.objective.total or state.max_steps
-        if self.total != state.max_steps:
-            logger.warning(
-                f"The run that is resumed was begun for {self.total} steps and now has {state.max_steps}. Its phases end where they "
-                "would have ended; what comes after that settles."
-            )
+        self.total = self._steps_of_phases(state.max_steps)
         steps = self.method.schedule.steps(self.total)
         dense, self.objective.steps = steps["dense"], steps
         if self.method.schedule.static and not steps["static"]:
@@ -264,15 +259,31 @@ class TokenPruneCallback(TrainerCallback):
         if self.model is not None and state.is_world_process_zero and _adapters(self.model) is None:
             complete(self.inner, args.output_dir)
 
+    def _steps_of_phases(self, steps):
+        """How many steps phases are shared out over: of a resumed run that has another number now, the one it began with."""
+        begun = self.objective.total or steps
+        if begun == steps:
+            return steps
+        if steps <= self.method.schedule.start("settle", begun):
+            self.objective.total = steps
+            what = "That is too few for its phases, which are squeezed into them."
+        else:
+            what = "Its phases end where they would have ended, and the last one takes what is left."
+        logger.warning(f"The run that is resumed was begun for {begun} steps and now has {steps}. {what}")
+        return self.objective.total
+
     def _tell_if_missed(self):
         """Say so if the finished choice spends clearly more on the training texts than was asked for."""
-        target = self.objective.state().get("macs_target")
-        spent = self.settled[1:]  # the first of these logs may begin before the choice was made
-        if target is not None and spent and sum(spent) / len(spent) > 1.05 * target:
+        bins = getattr(getattr(self.method, "tokens", self.method), "rank_bins", None)
+        spent, target = (
+            self.settled[1:],
+            self.method.target_macs,
+        )  # the first of these logs may begin before the choice was made
+        if bins is not None and spent and sum(spent) / len(spent) > 1.05 * target:
             logger.warning(
                 f"The model spends {sum(spent) / len(spent):.3f} of the dense model's MACs on its training texts, more than the "
-                f"{target:g} asked for. Where all texts are about equally long, with fewer tokens than ToP's rank_bins, fewer bins "
-                "meet it: ToP(rank_bins=8), for instance."
+                f"{target:g} asked for. Where all texts are about equally long, with fewer tokens than the {bins} bins of each site, "
+                "fewer bins come closer: ToP(rank_bins=8), for instance."
             )
 
     def _note_evaluation(self, args, history, prefix):

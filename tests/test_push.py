@@ -18,6 +18,7 @@ import hf_tokenprune as tp
 from hf_tokenprune import cli
 from hf_tokenprune.modeling import modeling_token_pruned
 from hf_tokenprune.publish import push
+from hf_tokenprune.readme import BY_TRAINER, is_changed, is_persons, write_card
 
 HEAD = "ForSequenceClassification"
 CODE = {file.name for file in Path(modeling_token_pruned.__file__).parent.glob("[!_]*.py")}
@@ -82,12 +83,12 @@ for name in ("here", "there"):
     folder = shutil.copytree(root / "own", root / name)
     card = folder / "README.md"
     run(name, "writer", folder, f"user/{name}")
-    words = "\\n\\nWords of a person.\\n"
-    if name == "here":
-        card.write_text(card.read_text() + words)
-    else:
-        api.upload_file(repo_id="user/there", path_in_repo="README.md", path_or_fileobj=(card.read_text() + words).encode())
-    for again in range(2):
+    for again, words in enumerate(("\\n\\nWords of a person.\\n", "\\nMore words.\\n")):
+        if name == "here":
+            card.write_text(card.read_text() + words)
+        else:
+            path = api.hf_hub_download("user/there", "README.md", force_download=True)
+            api.upload_file(repo_id="user/there", path_in_repo="README.md", path_or_fileobj=(open(path).read() + words).encode())
         run(f"{name} {again}", "writer", folder, f"user/{name}", "--results", root / "bench.json")
     reports[f"{name} card"] = card.read_text()
 
@@ -257,10 +258,30 @@ def test_a_trainers_card_that_a_person_has_edited_keeps_the_words(story, name):
     assert [reports["reports"][f"{name}{again}"]["status"] for again in ("", " 0", " 1")] == [0, 0, 0]
     online = hub.files(f"user/{name}")["README.md"].decode()
     assert "generated automatically" in online
-    assert online.rstrip().endswith("Words of a person.")
+    assert online.rstrip().endswith("Words of a person.\n\nMore words.")
     assert "Some CPU" in online
-    if name == "here":
-        assert reports["reports"]["here card"] == online
+    assert reports["reports"][f"{name} card"] == online
+
+
+def test_a_trainers_card_becomes_a_persons_only_by_an_edit(tmp_path):
+    """A card of an earlier Trainer that knew nothing of us may be written anew; one with a person's words may not."""
+    model = tp.attach(build("bert", HEAD), {1: tp.TopK(0.5)})
+    card = tmp_path / "README.md"
+    card.write_text(f"---\nlicense: mit\n---\n<!-- This model card has been {BY_TRAINER}. -->\n\n# out\n\nLoss: 0.3\n")
+    model.save_pretrained(tmp_path)
+    assert "hf_tokenprune: begin" in card.read_text()
+    assert not is_persons(card)
+    write_card(tmp_path)
+    assert not is_persons(card)
+    for change in (("Loss: 0.3", "Loss: 0.3, which is good"), ("license: mit", "license: apache-2.0")):
+        before = card.read_text()
+        card.write_text(before.replace(*change))
+        assert is_persons(card)
+        write_card(tmp_path)
+        assert is_persons(card), "although it was written by us since"
+        assert change[1] in card.read_text()
+        assert not is_changed(card.read_text())
+        card.write_text(before)
 
 
 REFUSED = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families import build
-from training_helpers import Texts, assert_same_state, logged, spent_share, top, trained, trainer_for
-from transformers import BertForSequenceClassification
+from training_helpers import Texts, assert_same_state, logged, no_dropout, spent_share, top, trained, trainer_for
+from transformers import BertForSequenceClassification, BertModel
 
 import hf_tokenprune as tp
 
@@ -74,3 +74,17 @@ def test_a_model_with_another_head_than_its_config_says_is_refused_at_once(tmp_p
     with pytest.raises(tp.errors.UnsupportedModelError, match="not as its config says, in classifier"):
         trainer_for(tmp_path, top(), model=model)
     assert type(model) is BertForSequenceClassification
+
+
+@pytest.mark.filterwarnings("ignore:.*pooler.*")
+def test_a_model_without_its_pooler_is_its_own_teacher(tmp_path):
+    """Sentence-transformers and embedding scripts load base models so; the config does not say it."""
+    model = BertModel(build("bert", "Model", **no_dropout()).config, add_pooling_layer=False)
+    loss = {
+        "compute_loss_func": lambda outputs, *_, **__: outputs.last_hidden_state[:, 0].square().mean(),
+        "label_names": ["labels"],
+    }
+    trainer = trained(tmp_path, top(rank_weight=0.0), model=model, **loss)
+    assert logged(trainer, "distillation")
+    trainer.save_model(tmp_path / "saved")
+    assert 0.4 < spent_share(tp.from_pretrained(tmp_path / "saved"), Texts()) < 0.51

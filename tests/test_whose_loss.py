@@ -194,13 +194,14 @@ def test_an_output_that_is_no_loss_is_not_taken_for_one():
     assert torch.equal(*found)
 
 
-def test_a_micro_batch_without_labels_is_none(tmp_path):
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_micro_batch_or_a_step_without_labels_is_none(tmp_path, accumulation):
     """Its mean loss would be NaN, and all weights with it."""
     labels = lambda inputs: {"labels": torch.where(torch.arange(6)[:, None] < 3, inputs["input_ids"], -100)}  # noqa: E731
     data = Rows("modernbert", "ForMaskedLM", labels)
     trainer = trainer_for(
         tmp_path, top(rank_weight=0.0), model=build("modernbert", "ForMaskedLM"), data=data, data_collator=stack, max_steps=9,
-        per_device_train_batch_size=1, gradient_accumulation_steps=4, logging_steps=1,
+        per_device_train_batch_size=1, gradient_accumulation_steps=accumulation, logging_steps=1,
     )  # fmt: skip
     trainer.train()
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())

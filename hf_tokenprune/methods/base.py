@@ -263,7 +263,7 @@ class Objective:
         if items is None:
             return None
         if labels is not None:
-            return labels.ne(-100).sum() / items
+            return labels.ne(-100).sum() / torch.as_tensor(items).clamp(min=1)  # a whole step may have none
         logits = outputs.get("logits")
         if logits is None or logits.dim() != 2:
             return None
@@ -349,7 +349,7 @@ def _nothing_labelled(labels):
 
 def _zero_of(outputs):
     """A loss of 0 whose gradient is one of zeros."""
-    return next(value for name, value in outputs.items() if name.endswith("logits")).sum() * 0.0
+    return next(value for name, value in outputs.items() if name.endswith("logits"))[:0].sum()
 
 
 def _apart(student, teacher):
