@@ -55,13 +55,11 @@ def from_pretrained(folder_or_id, **kwargs):
     if not written:
         raise ConfigError(f"{folder_or_id} holds no model: its config.json is missing or empty.")
     _check_counts(written, folder_or_id)
-    config = kwargs.pop("config", None)
+    config = kwargs.pop("config", None) or folder_or_id
     if isinstance(config, (str, os.PathLike)):
-        config = AutoConfig.from_pretrained(config, trust_remote_code=False)
-    if config is None:
         # The weights' type is not for the config, which would take it for its own.
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
-        config, kwargs = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False, return_unused_kwargs=True, **kwargs)
+        config, kwargs = AutoConfig.from_pretrained(config, trust_remote_code=False, return_unused_kwargs=True, **kwargs)
         kwargs = {**hub, **kwargs, **dtype}
     return open_as(config, folder_or_id, **kwargs)
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from .errors import ConfigError
 from .model_card import DATA, FILE, PLOT, SECTION, code_of, draw, make_card, name_of, read_folder, sentence_class_of
-from .readme import is_changed, is_edited, update
+from .readme import BY_TRANSFORMERS, is_changed, is_edited, lines_of, update
 from .results import read_results
 from .writing import write_file
 
@@ -97,20 +97,17 @@ def push(
         if token is None:
             raise ConfigError("There is no token to log in to the Hub with. Run `hf auth login`, or set HF_TOKEN.")
         online.prepare()
-    # What a person has written is not to be lost, neither here nor on the Hub.
-    there = None if dry_run or (local is not None and is_changed(local)) else online.card()
-    theirs = there is not None and (
-        local is None or is_changed(there) or not SECTION.search(there) or (is_edited(there) and not is_edited(local))
-    )
+    there = None if dry_run else online.card()
+    theirs = there is not None and _is_kept(there, local, repo_id)
     current = there if theirs else local
     evaluation = {**(before if isinstance(before, dict) else {}), **evaluation}
     picture = draw(evaluation)
-    known = {**_data(local), **_data(there)}
+    known = {**_data(local), **_data(there)} if theirs else {**_data(there), **_data(local)}
     card = make_card(
         config, code_of(folder), evaluation, name=name_of(repo_id), repo_id=repo_id, base_model=known.get("base_model"),
         license=license or known.get("license"), plot=PLOT if picture else None, sentence_class=sentence_class,
     )  # fmt: skip
-    text = update(card, current)
+    text = update(card, current, edited=theirs and not SECTION.search(there))
     contents = dict(files)
     if text is not None:
         contents[FILE] = text.encode()
@@ -121,12 +118,37 @@ def push(
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in sorted(contents.items())}
     url = None
     if not dry_run:
-        ours = current is local or local is None or SECTION.search(local)  # else nobody knows who wrote what lies here
-        if text and ours and os.access(folder, os.W_OK):
+        lost = theirs and local is not None and not lines_of(local) <= lines_of(there) and not _is_ours(local)
+        if text and not lost and os.access(folder, os.W_OK):
             for name in (FILE, PLOT) if picture else (FILE,):
                 write_file(folder / name, contents[name])
         url = online.commit(contents)
     return Publication(repo_id, sizes, text or current, text is None, url)
+
+
+def _is_ours(text):
+    """Has no person a part in a text of README.md, for certain?"""
+    return SECTION.search(text) is not None and not is_edited(text)
+
+
+def _is_kept(there, local, repo_id):
+    """Does the README.md on the Hub stay, rather than the local one? What a person has written is not to be lost, at either place.
+
+    Raises:
+        ConfigError: each of them says what the other does not.
+    """
+    if local is None:
+        return True
+    if BY_TRANSFORMERS in there or _is_ours(there):
+        return False
+    if not is_edited(local) or lines_of(local) <= lines_of(there):
+        return True
+    if is_changed(there) and not lines_of(there) <= lines_of(local):
+        raise ConfigError(
+            f"README.md has been edited both here and in {repo_id}, and each has lines that the other lacks. Put them together here, "
+            "so that no line of the one on the Hub is missing, or copy that one here; then push again."
+        )
+    return False
 
 
 class _Online:

@@ -41,13 +41,14 @@ BY_TRAINER = "generated automatically according to the information the Trainer h
 BY_TRANSFORMERS = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
 
-def update(card: ModelCard, existing: str | None, append: bool = False) -> str | None:
+def update(card: ModelCard, existing: str | None, append: bool = False, edited: bool = False) -> str | None:
     """What README.md becomes: a new card, or an existing text with this card's section and metadata in it.
 
     Args:
         card: made by `make_card`.
         existing: the present text, None if there is none.
         append: add the section to any text that has none.
+        edited: a person may have a part in the text.
 
     Returns:
         The text; None if a person wrote the present one, which stays.
@@ -69,7 +70,7 @@ def update(card: ModelCard, existing: str | None, append: bool = False) -> str |
         old.pop("model-index", None)  # it was ours, or is empty
     old.pop(DATA, None)
     tags = list(dict.fromkeys([*_list(old.pop("tags", None)), *new.pop("tags")]))
-    return _sealed(str(_with(theirs, {**new, **old, "tags": tags}, text)), found is not None and is_edited(existing))
+    return _sealed(str(_with(theirs, {**new, **old, "tags": tags}, text)), edited or is_edited(existing))
 
 
 def is_persons(file: Path) -> bool:
@@ -95,6 +96,12 @@ def is_changed(text: str) -> bool:
     if section["rest"]:
         return section["rest"] != _rest(text)
     return not _is_completed(text) and not _is_bare(ModelCard(text, ignore_metadata_errors=True).text)
+
+
+def lines_of(text: str) -> set[str]:
+    """What a text of README.md says outside of our section and its metadata, line by line."""
+    body = SECTION.sub("", ModelCard(text, ignore_metadata_errors=True).text)
+    return {line.strip() for line in body.splitlines()} - {""}
 
 
 def write_card(

@@ -262,15 +262,17 @@ class TokenPruneCallback(TrainerCallback):
     def _steps_of_phases(self, steps):
         """How many steps phases are shared out over: of a resumed run that has another number now, the one it began with."""
         begun = self.objective.total or steps
-        if begun == steps:
-            return steps
-        if steps <= self.method.schedule.start("settle", begun):
-            self.objective.total = steps
-            what = "That is too few for its phases, which are squeezed into them."
-        else:
-            what = "Its phases end where they would have ended, and the last one takes what is left."
-        logger.warning(f"The run that is resumed was begun for {begun} steps and now has {steps}. {what}")
-        return self.objective.total
+        if steps <= (settles := self.method.schedule.start("settle", begun)):
+            raise TrainingError(
+                f"The run that is resumed was begun for {begun} steps, of which the last phase begins with step {settles}; now it "
+                f"would end after {steps}, before its budget is met. Give it more steps, or begin a new run."
+            )
+        if begun != steps:
+            logger.warning(
+                f"The run that is resumed was begun for {begun} steps and now has {steps}. Its phases end where they would have "
+                "ended, and the last one takes what is left."
+            )
+        return begun
 
     def _tell_if_missed(self):
         """Say so if the finished choice spends clearly more on the training texts than was asked for."""
