@@ -262,26 +262,24 @@ class TokenPruneCallback(TrainerCallback):
     def _steps_of_phases(self, steps):
         """How many steps phases are shared out over: of a resumed run that has another number now, the one it began with."""
         begun = self.objective.total or steps
+        if begun == steps:
+            return steps
         if steps <= (settles := self.method.schedule.start("settle", begun)):
             raise TrainingError(
                 f"The run that is resumed was begun for {begun} steps, of which the last phase begins with step {settles}; now it "
                 f"would end after {steps}, before its budget is met. Give it more steps, or begin a new run."
             )
-        if begun != steps:
-            logger.warning(
-                f"The run that is resumed was begun for {begun} steps and now has {steps}. Its phases end where they would have "
-                "ended, and the last one takes what is left."
-            )
+        logger.warning(
+            f"The run that is resumed was begun for {begun} steps and now has {steps}. Its phases end where they would have "
+            "ended, and the last one takes what is left."
+        )
         return begun
 
     def _tell_if_missed(self):
         """Say so if the finished choice spends clearly more on the training texts than was asked for."""
         bins = getattr(getattr(self.method, "tokens", self.method), "rank_bins", None)
-        spent, target = (
-            self.settled[1:],
-            self.method.target_macs,
-        )  # the first of these logs may begin before the choice was made
-        if bins is not None and spent and sum(spent) / len(spent) > 1.05 * target:
+        spent = self.settled[1:]  # the first of these logs may begin before the choice was made
+        if bins is not None and spent and sum(spent) / len(spent) > 1.05 * (target := self.method.target_macs):
             logger.warning(
                 f"The model spends {sum(spent) / len(spent):.3f} of the dense model's MACs on its training texts, more than the "
                 f"{target:g} asked for. Where all texts are about equally long, with fewer tokens than the {bins} bins of each site, "
