@@ -26,8 +26,14 @@ class Lengths:
         """From a list of lengths, with so many protected tokens in each: a number, or a list of them."""
         counts = [protected] * len(lengths) if isinstance(protected, int) else protected
         texts = [(min(n, c), max(n - c, 0)) for n, c in zip(lengths, counts, strict=True) if n]
-        sums = (sum(values) for values in zip(*((c, m, c * c, c * m, m * m) for c, m in texts), strict=True))
-        return cls(len(texts), *sums) if texts else cls(0, 0, 0, 0, 0, 0)
+        return cls(
+            samples=len(texts),
+            protected=sum(c for c, _ in texts),
+            droppable=sum(m for _, m in texts),
+            protected_squares=sum(c * c for c, _ in texts),
+            products=sum(c * m for c, m in texts),
+            squares=sum(m * m for _, m in texts),
+        )
 
 
 class Budget:

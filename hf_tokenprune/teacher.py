@@ -26,9 +26,13 @@ FOLDER = "_teacher"  # Trainer.push_to_hub leaves out what begins with an unders
 def dense_copy(model):
     """A packed copy of a model without its sites, in evaluation mode and without gradients."""
     twin = _skeleton(model)
-    state = {k: whole(v) for k, v in model.state_dict().items() if not k.startswith("token_pruner.")}
-    twin.load_state_dict(state)
+    twin.load_state_dict({name: whole(value) for name, value in _dense_state(model).items()})
     return freeze(twin.to(model.device))
+
+
+def _dense_state(model):
+    """A model's state without that of its pruner."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("token_pruner.")}
 
 
 def _skeleton(model, device="cpu"):
@@ -130,8 +134,9 @@ def find_teacher(teacher, student):
 
 def check_head(model):
     """Raise `UnsupportedModelError` if a model has other weights than the class and config of its folder would make."""
-    expected = {name: value.shape for name, value in _skeleton(model, "meta").state_dict().items()}
-    found = {name: value.shape for name, value in model.state_dict().items() if not name.startswith("token_pruner.")}
+    expected, found = (
+        {name: value.shape for name, value in _dense_state(each).items()} for each in (_skeleton(model, "meta"), model)
+    )
     odd = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if odd:
         raise UnsupportedModelError(
