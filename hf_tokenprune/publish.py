@@ -141,9 +141,12 @@ def _is_kept(there, local, repo_id):
         return True
     if BY_TRANSFORMERS in there or _is_ours(there):
         return False
+    since = SECTION.search(there) is not None and is_changed(there)  # since the last push, for certain
+    if is_changed(local) and not since:
+        return False  # also where lines were taken out here
     if not is_edited(local) or lines_of(local) <= lines_of(there):
         return True
-    if is_changed(there) and not lines_of(there) <= lines_of(local):
+    if since and not lines_of(there) <= lines_of(local):
         raise ConfigError(
             f"README.md has been edited both here and in {repo_id}, and each has lines that the other lacks. Put them together here, "
             "so that no line of the one on the Hub is missing, or copy that one here; then push again."

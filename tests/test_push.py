@@ -289,7 +289,8 @@ def test_what_a_person_has_written_is_kept_at_either_place():
         (plain, None): there, (plain, plain): here, (plain, one): here, (plain, unknown): here, (one, plain): there,
         (one, unknown): there, (unknown, plain): there, (unknown, one): here, (one, one): there, (both, one): there,
         (one, both): here, (both, sealed): there, (one, other): None, (other, sealed): None, (sealed, other): here,
-        ("# Mine\n", plain): there, ("# Mine\n", one): None, (plain, "# Mine\n"): here,
+        ("# Mine\n", plain): there, ("# Mine\n", one): here, (plain, "# Mine\n"): here,
+        ("# Mine\nMore.\n", "# Mine\n"): here, (sealed, sealed.replace("One.\n", "")): here, (sealed, one): here,
     }  # fmt: skip
     for (hub, local), expected in table.items():
         if expected is None:
