@@ -55,7 +55,8 @@ class TokenPruneCallback(TrainerCallback):
         self.objective = None
         self.total = 0
         self.told = False
-        self.settled = []  # what was spent, in each log since nothing is chosen any more
+        self.settled = [0.0, 0.0]  # MACs spent since nothing is chosen any more, in logs so far, and those of the dense model
+        self.reached = None  # their share, once training is over
         self.meters = {}
         self.watch = None
 
@@ -143,7 +144,7 @@ class TokenPruneCallback(TrainerCallback):
                 raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
             self.objective.start_run(learning_rate, steps)
         self.told = False
-        self.settled = []
+        self.settled, self.reached = [0.0, 0.0], None
         self.objective.moment = self.method.schedule.at(state.global_step, self.total)
         if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
             self.objective.harden()
@@ -206,6 +207,8 @@ class TokenPruneCallback(TrainerCallback):
         for parameter in self.objective.restarted():
             optimizer.state.pop(parameter, None)
         was_cut = self.objective.moment.phase != now.phase and self.objective.end_phase(now.phase, optimizer)
+        if self.objective.moment.phase == "settle":
+            self.settled = [-macs for macs in _sums(self.meters[True], self.inner)[:2]]  # the next log counts them, too
         if was_cut or self.objective.moment.phase == "settle":
             # A model that was better before it met the budget is none to come back to.
             _forget_best(state)
@@ -215,12 +218,13 @@ class TokenPruneCallback(TrainerCallback):
         if self.objective is None or logs is None:
             return
         evaluated = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), None)
+        over = "total_flos" in logs  # the last log of a run, with its times
         if "loss" in logs:
-            numbers = {**self.objective.state(), **self.objective.pop_log(), **self._pop_shares(True)}
-            if self.objective.moment.phase == "settle" and "macs_realised" in numbers:
-                self.settled.append(numbers["macs_realised"])
-        elif evaluated not in (None, "train"):
-            numbers = {f"{evaluated}_{name}": value for name, value in self._pop_shares(False).items()}
+            numbers = {**self.objective.state(), **self.objective.pop_log(), **_shares(self._pop_sums(True), self.inner)}
+        elif over:
+            numbers = {f"train_{name}": value for name, value in self._reached().items()}
+        elif evaluated is not None:
+            numbers = {f"{evaluated}_{name}": value for name, value in _shares(self._pop_sums(False), self.inner).items()}
         else:
             return
         logs.update(numbers)
@@ -236,12 +240,11 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_predict(self, args, state, control, **kwargs):
         if self.objective is not None:
-            self._pop_shares(False)  # a prediction is no evaluation
+            self._pop_sums(False)  # a prediction is no evaluation
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._tell_if_missed()
         self.objective.teacher = None
-        self.objective.end_run()
+        self.objective.end_run(self.reached)
         if args.load_best_model_at_end and state.best_global_step:
             best = [number for number, entry in enumerate(state.log_history) if entry.get("step") == state.best_global_step]
             best = [number for number in best if "eval_runtime" in state.log_history[number]]
@@ -275,16 +278,12 @@ class TokenPruneCallback(TrainerCallback):
         )
         return begun
 
-    def _tell_if_missed(self):
-        """Say so if the finished choice spends clearly more on the training texts than was asked for."""
-        bins = getattr(getattr(self.method, "tokens", self.method), "rank_bins", None)
-        spent = self.settled[1:]  # the first of these logs may begin before the choice was made
-        if bins is not None and spent and sum(spent) / len(spent) > 1.05 * (target := self.method.target_macs):
-            logger.warning(
-                f"The model spends {sum(spent) / len(spent):.3f} of the dense model's MACs on its training texts, more than the "
-                f"{target:g} asked for. Where all texts are about equally long, with fewer tokens than the {bins} bins of each site, "
-                "fewer bins come closer: ToP(rank_bins=8), for instance."
-            )
+    def _reached(self):
+        """What a finished run was asked for and has come to, on its training texts; nothing of one that ended too early."""
+        self._pop_sums(True)
+        spent, dense = total_of(self.settled, self.inner.device)
+        self.reached = spent / dense if self.objective.moment.phase == "settle" and dense else None
+        return {} if self.reached is None else self.objective.reached(self.reached)
 
     def _note_evaluation(self, args, history, prefix):
         """Remember for the model card what the last entry of the log says about the model as it is."""
@@ -295,9 +294,12 @@ class TokenPruneCallback(TrainerCallback):
     def _measure(self, pruner):
         self.meters[self.inner.training].update()
 
-    def _pop_shares(self, training):
+    def _pop_sums(self, training):
         meter, self.meters[training] = self.meters[training], CostMeter(self.inner)
-        return _shares(meter, self.inner)
+        sums = _sums(meter, self.inner)
+        if training:
+            self.settled = [before + now for before, now in zip(self.settled, sums[:2], strict=True)]
+        return sums
 
 
 def _adapters(model):
@@ -329,13 +331,17 @@ def _as_it_was_if_refused(model):
         raise
 
 
-def _shares(meter, model):
-    """What a `CostMeter` and those of all other processes say for the log: `macs_realised`, the share of the dense model's MACs that
+def _sums(meter, model):
+    """What a `CostMeter` has counted: MACs spent, the dense model's, tokens that entered, and those that left each layer."""
+    if not meter.started:
+        return [0.0] * (3 + model.token_pruner.layer_count)
+    cost = meter.cost
+    return [cost.spent, cost.dense, *(cost.sequences * n for n in (cost.tokens, *cost.tokens_per_layer))]
+
+
+def _shares(sums, model):
+    """What such sums and those of all other processes say for the log: `macs_realised`, the share of the dense model's MACs that
     was spent, and `tokens_after_<layer>`, the share of the tokens that left each layer. Nothing if nobody has counted."""
-    sums = [0.0] * (3 + model.token_pruner.layer_count)
-    if meter.started:
-        cost = meter.cost
-        sums = [cost.spent, cost.dense, *(cost.sequences * n for n in (cost.tokens, *cost.tokens_per_layer))]
     spent, dense, entered, *left = total_of(sums, model.device)
     if not dense:
         return {}

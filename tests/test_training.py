@@ -316,9 +316,10 @@ def test_tokens_that_the_user_protects_count_towards_the_budget(tmp_path):
     assert 0.6 < spent_share(trainer.model, Texts()) < 0.71
 
 
-def test_a_budget_that_bins_cannot_meet_is_told(tmp_path, caplog):
+@pytest.mark.parametrize("logs", [{"logging_steps": 2}, {"logging_strategy": "no"}])
+def test_a_budget_that_bins_cannot_meet_is_told(tmp_path, caplog, logs):
     """Of 50 bins, texts of 4 droppable tokens meet 4."""
-    data = {"data": Texts(96, lengths=(5, 5)), "max_steps": 24, "logging_steps": 2}
+    data = {"data": Texts(96, lengths=(5, 5)), "max_steps": 24, **logs}
     method = {"target_macs": 0.4, "importance": "learned", "rank_weight": 0.0}
     trainer = trained(tmp_path, top(rank_bins=50, **method), **data)
     assert spent_share(trainer.model, data["data"]) > 0.42
@@ -327,3 +328,26 @@ def test_a_budget_that_bins_cannot_meet_is_told(tmp_path, caplog):
     trainer = trained(tmp_path, top(rank_bins=4, **method), **data)
     assert spent_share(trainer.model, data["data"]) < 0.42
     assert "asked for" not in caplog.text
+
+
+@pytest.mark.parametrize("every", [1, 4, 5, 1000])
+def test_the_last_log_says_what_was_asked_for_and_what_was_reached(tmp_path, every):
+    """What was spent before the choice was made is no part of it, wherever the logs begin and end."""
+    recorder = Recorder()
+    trainer = trained(tmp_path, top(), logging_steps=every, callbacks=[recorder])
+    last = trainer.state.log_history[-1]
+    of_others = trainer.evaluate(Texts(8, seed=1), metric_key_prefix="train")["train_macs_realised"]
+    assert of_others == pytest.approx(spent_share(trainer.model, Texts(8, seed=1)))
+    assert last["train_macs_target"] == 0.5
+    assert last["train_macs_realised"] == pytest.approx(spent_share(trainer.model, Texts()), abs=0.005)
+    assert {**recorder.logs[-2], "step": last["step"]} == last
+
+
+def test_a_run_that_ends_before_the_budget_is_met_has_reached_nothing(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
+            control.should_training_stop = state.global_step == 5
+
+    trainer = trained(tmp_path, top(), callbacks=[Stop()])
+    assert trainer.state.global_step == 5
+    assert not any("train_macs" in name for name in trainer.state.log_history[-1])

@@ -123,6 +123,11 @@ def test_the_budget_is_met(runs, name):
     assert target - (0.03 if name in BOTH else 0.14) < spent < target + 0.01
     realised = logged(trainer, "macs_realised")
     assert realised[-1] == pytest.approx(spent_share(trainer.model, Texts()), abs=0.02)
+    last = trainer.state.log_history[-1]
+    assert last["train_macs_realised"] == pytest.approx(spent_share(trainer.model, Texts()), abs=0.01)
+    if name == "parameters":
+        assert last["train_params_target"] == target
+        assert last["train_params_realised"] == pytest.approx(spent)
     if name not in BOTH:  # tokens are dropped while annealing, weights are not
         assert min(realised[: SURGERY // 2]) > 0.8
 

@@ -112,8 +112,12 @@ class Objective:
     def end_step(self):
         """An optimizer step is over: bring together what all micro-batches and processes have seen in it."""
 
-    def end_run(self):
-        """Training is over: say what went wrong."""
+    def reached(self, spent):
+        """What a settled run was asked for and has come to, for its last log. `spent`: the share of the dense model's MACs."""
+        return {f"{self.cost}_target": self.target(), "macs_realised": spent}
+
+    def end_run(self, spent):
+        """Training is over: say what went wrong. `spent`: as `reached` was told, or None if it never settled."""
 
     def end_phase(self, phase, optimizer):
         """A phase has ended with its last step. Returns True if the weights were cut."""

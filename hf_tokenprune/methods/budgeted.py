@@ -37,6 +37,7 @@ class Part:
 
     size: int
     cuts_weights = False
+    if_missed = ""  # what to do where the finished choice spends more than was asked for
     lasting = 0.0  # nepers by which it is worth more, beside other parts, than the information that is measured of it
 
     def start(self):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..budget import Lengths
+from ..cost import layer_shapes
 from ..errors import ConfigError, TrainingError
 from ..processes import total_of
 from ..schedule import Schedule
@@ -195,6 +196,21 @@ class GatedObjective(Objective):
         if self.moment.phase != "dense" and spent > self.gates.target() + 1e-5 and not self.told:
             self.told = True
             self.tell_out_of_reach(spent)
+
+    def reached(self, spent):
+        if self.gates.cost == "macs":
+            return super().reached(spent)
+        left = self.gates.budget.parameters(layer_shapes(self.model))
+        return {**super().reached(spent), "params_realised": left}
+
+    MISSED = 0.05  # what is spent above the target, as a share of it, at which to say so
+
+    def end_run(self, spent):
+        if self.gates.cost == "macs" and spent is not None and spent > (1 + self.MISSED) * (target := self.gates.final):
+            logger.warning(
+                f"The model spends {spent:.3f} of the dense model's MACs on its training texts, more than the {target:g} asked "
+                f"for.{''.join(part.if_missed for part in self.gates.parts)}"
+            )
 
     def _tell_if_idle(self):
         """Say so if there is nothing to do, as soon as the length of some texts is known."""

@@ -252,6 +252,9 @@ class InforCoefObjective(StructuredObjective):
     def state(self):
         return {name: value for name, value in super().state().items() if value is not None}
 
+    def reached(self, spent):
+        return {name: value for name, value in super().reached(spent).items() if value is not None}
+
     def open_gates(self):
         super().open_gates()
         self.looks = {}
@@ -321,7 +324,7 @@ class InforCoefObjective(StructuredObjective):
         self.moves.append(-self._rate(self.HOLDS) * (spent - self.config.target_macs))
         self.spent = spent if self.spent is None else 0.8 * self.spent + 0.2 * spent
 
-    def end_run(self):
+    def end_run(self, spent):
         target = self.config.target_macs
         if self.spent is not None and self.spent > (1 + self.MISSED) * target:
             logger.warning(

@@ -251,6 +251,10 @@ class TokenBins(Part):
         site_gates: is there a gate for the whole site?
     """
 
+    if_missed = (
+        " Where all texts are about equally long, with fewer tokens than there are bins at a site, fewer bins come closer: "
+        "ToP(rank_bins=8), for instance."
+    )
     OPEN = 0.97  # probability with which a gate starts open
     SLOPE = 8.0  # in order: log-odds of the bin of highest rank, and minus those of the lowest
     # What dropped tokens have said is lost; what cut weights have done, others learn to do. On the held-out split of STS-B (one
