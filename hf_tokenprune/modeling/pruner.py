@@ -20,6 +20,7 @@ from .padded import after_attention, before_attention, on_probabilities
 from .selection import SELECTORS
 from .shapes import shape_map
 from .sizes import has_attention, sizes_of
+from .spans import never_in_padding, padding_of, span_head
 
 
 def forget_compiled():
@@ -83,13 +84,16 @@ class TokenPruner(nn.Module):
         self.trace = []
         self.guarded = None
         self.last_forward = None
+        self.padding = None  # of the running forward, where the head looks for spans
         self.handles = []
         self.structure = None
         self.dense_attention = None
+        self.finds_spans = False
 
     def __getstate__(self):
         """A copy or pickle is a model for inference: what hangs on it while it trains stays behind."""
-        left = {"soft": {}, "watched": frozenset(), "remembers": False, "objective": None, "meter": None, "last_forward": None}
+        nothing = dict.fromkeys(("objective", "meter", "last_forward", "padding"))
+        left = {"soft": {}, "watched": frozenset(), "remembers": False, **nothing}
         return {**self.__dict__, **left}
 
     def _measure(self, encoder, layers):
@@ -162,6 +166,9 @@ class TokenPruner(nn.Module):
         if not self.alone:
             keep(encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True))
             keep(encoder.register_forward_hook(self._after_encoder, always_call=True))
+        self.finds_spans = (head := span_head(model)) is not None
+        if self.finds_spans:
+            keep(head.register_forward_hook(never_in_padding))
         forget_compiled()
         # All layers alike, also where nobody is dropped: torch.compile uses the code of one layer for all.
         for layer in dict.fromkeys(layers):  # a shared one is there many times
@@ -367,6 +374,7 @@ class TokenPruner(nn.Module):
         if output is None:  # the forward raised
             return None
         self.trace = [call.trace() for call in forward.calls]
+        self.padding = padding_of(forward.first) if self.finds_spans else None
         self.guarded = forward.spared() if self.protected_ids and self.objective is not None and self.training else None
         self.last_forward = forward if self.watched or self.remembers else None
         if self.meter is not None:
