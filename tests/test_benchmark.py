@@ -225,7 +225,19 @@ def test_an_interrupted_write_leaves_nothing(bench, tmp_path, monkeypatch):
 def finished(bench, base, data, tmp_path_factory):
     """`(folder, arguments)` of a benchmark that has run."""
     folder = tmp_path_factory.mktemp("benchmark")
-    arguments = ["--tasks", "sst2", "--methods", "dense", "topk", "topk-trained", "top", "--budgets", "0.6", "0.01"]
+    arguments = [
+        "--tasks",
+        "sst2",
+        "--methods",
+        "dense",
+        "dense-longer",
+        "topk",
+        "topk-trained",
+        "top",
+        "--budgets",
+        "0.6",
+        "0.01",
+    ]
     arguments += ["--data-dir", data, "--model", base, "--output", folder / "runs", "--results", folder / "results"]
     arguments = [str(argument) for argument in [*arguments, "--bench-texts", "2", "--bench-repeats", "1", "--epochs", "2"]]
     bench.run.main(arguments)
@@ -236,7 +248,7 @@ def test_a_run_says_everything_about_itself(bench, finished):
     folder, arguments = finished
     names = sorted(path.name for path in (folder / "results").iterdir())
     runs = [f"sst2-{method}-0.6-0.json" for method in ("top", "topk", "topk-trained")]  # 0.01 is out of reach
-    assert names == ["dense-sst2.json", "sst2-dense-1-0.json", *runs]
+    assert names == ["dense-sst2.json", "sst2-dense-1-0.json", "sst2-dense-longer-1-0.json", *runs]
     for run in bench.report.load(folder / "results"):
         assert run["split"] == "validation"
         assert run["rows"] == 16
@@ -246,7 +258,12 @@ def test_a_run_says_everything_about_itself(bench, finished):
         assert set(run["time"]["ms"]) == {"1", "32"}
         assert run["command"].endswith(arguments[-1])
         assert run["versions"]["torch"] == torch.__version__
-        if run["method"] != "dense":
+        assert run["train_rows"] > 20
+        assert len(run["dense_model"]) == 12
+        if run["method"] == "dense-longer":
+            assert run["tokens_per_layer"] == pytest.approx([run["tokens"]] * 3 + [1])
+            assert run["training"]["epochs"] == 2
+        elif run["method"] != "dense":
             assert run["macs"]["spent"] / run["macs"]["dense"] == pytest.approx(0.6, abs=0.05)
             assert run["settings"]["target_macs"] == 0.6
             assert bool(run["training"]) == (run["method"] != "topk")
@@ -312,6 +329,13 @@ def test_an_interrupted_run_starts_where_it_was(bench, finished, monkeypatch):
     assert json.loads(lost.read_text())["scores"] == content["scores"]
 
 
+def test_a_dense_model_of_other_data_is_not_taken(bench, finished):
+    """That of a trial run on a few rows, for instance."""
+    _, arguments = finished
+    with pytest.raises(SystemExit, match="train_rows is [0-9]+, not 20"):
+        bench.run.main([*arguments, "--methods", "top", "--budgets", "0.7", "--train-limit", "20"])
+
+
 def test_choosing_settings_stays_away_from_the_reported_split(bench, finished):
     folder, arguments = finished
     before = set((folder / "results").iterdir())
@@ -329,7 +353,8 @@ def test_choosing_settings_stays_away_from_the_reported_split(bench, finished):
 def made(task, method, budget, seed, score):
     return {
         "task": task, "method": method, "budget": budget, "seed": seed, "split": "test", "rows": 1725, "metric": "accuracy",
-        "limited": {"train": 2500, "report": None}, "score": score, "scores": {"accuracy": score, "f1": score}, "tokens": 40.0,
+        "train_rows": 2500, "limited": {"train": 2500, "report": None}, "data": "Hub", "dense_model": f"{task}-{seed}",
+        "score": score, "scores": {"accuracy": score, "f1": score}, "tokens": 40.0,
         "reduction": {"true_length": 1 / budget, "padded": 3 / budget}, "max_length": 128,
         "time": {"ms": {size: {"dense": 9.0, "dense_packed": 6.0, "pruned": 3.0} for size in ("1", "32")}},
     }  # fmt: skip
@@ -343,16 +368,17 @@ def runs():
 
 
 def test_overview(bench, runs):
+    runs.append(made("mrpc", "dense-longer", 1.0, 1, 0.88))
     assert bench.report.overview(runs).splitlines() == [
-        "| task | dense | target | topk | top |",
-        "|---|---|---|---|---|",
-        "| MRPC (accuracy, test, 2,500 to train on) | 86.0 ± 1.4 | 2.0 x | 70.0 of 85.0 (2.0 x) | 80.5 ± 0.7 (2.0 x) |",
-        "|  | 86.0 ± 1.4 | 2.5 x |  | 80.5 ± 0.7 (2.5 x) |",
-        "| mean over all tasks, each at the method's smallest target, against dense |  |  | -15.0 (2.00 x) | -5.5 (2.00 x) |",
+        "| task | dense | trained on | target | topk | top |",
+        "|---|---|---|---|---|---|",
+        "| MRPC (accuracy, test, 2,500 to train on) | 86.0 ± 1.4 | 88.0 of 87.0 | 2.0 x | 70.0 of 85.0 (2.0 x) | 80.5 ± 0.7 (2.0 x) |",
+        "|  | 86.0 ± 1.4 | 88.0 of 87.0 | 2.5 x |  | 80.5 ± 0.7 (2.5 x) |",
+        "| mean over all tasks, each at the method's smallest target, against dense |  |  |  | -15.0 (2.00 x) | -5.5 (2.00 x) |",
     ]
     table = bench.report.overview(runs, {"structured": "Weights", "top": "Tokens"}).splitlines()
-    assert table[0] == "| task | dense | target | Tokens |"
-    assert table[3] == "|  | 86.0 ± 1.4 | 2.5 x | 80.5 ± 0.7 (2.5 x) |"
+    assert table[0] == "| task | dense | trained on | target | Tokens |"
+    assert table[3] == "|  | 86.0 ± 1.4 | 88.0 of 87.0 | 2.5 x | 80.5 ± 0.7 (2.5 x) |"
     text = "a\n<!-- table:benchmark -->\nold\n<!-- end -->\nb"
     assert bench.report.put(text, "benchmark", "\n".join(table)) == text.replace("old", "\n".join(table))
 
@@ -361,7 +387,7 @@ def test_the_mean_over_tasks_is_of_each_task_s_first_target(bench, runs):
     """Of methods that have them all."""
     more = [made("stsb", "dense", 1.0, 0, 0.9), made("stsb", "top", 0.4, 0, 0.931)]
     lost = (-5.5 + 3.1) / 2  # at 2 and 2.5 times fewer MACs
-    assert bench.report.overview([*runs, *more]).splitlines()[-1].endswith(f"|  |  |  | {lost:+.1f} (2.25 x) |")
+    assert bench.report.overview([*runs, *more]).splitlines()[-1].endswith(f"|  |  |  |  | {lost:+.1f} (2.25 x) |")
 
 
 def test_seeds_of_unlike_settings_are_not_averaged(bench, runs, tmp_path):
@@ -371,16 +397,23 @@ def test_seeds_of_unlike_settings_are_not_averaged(bench, runs, tmp_path):
         ({"teacher": "b", "sites": [1]}, None),
         ({"schedule": {"anneal": 2}}, "schedule.anneal is 1 in seed 0 and 2"),
         ({"epochs": 3}, "training.epochs is 2 in seed 0 and 3"),
+        ({"rows": 500}, "rows is 1725 in seed 0 and 500"),
+        ({"limited": {"train": 2500, "report": 500}}, "limited is .* in seed 1"),
+        ({"train_rows": 200}, "train_rows is 2500 in seed 0 and 200"),
+        ({"dense_model": "another"}, "began from the dense model another"),
     ):
         first["training"], second["training"] = (
             {"epochs": 2, "seconds": 5.0},
             {"epochs": change.pop("epochs", 2), "seconds": 6.0},
         )
-        second["settings"] = {**first["settings"], **change}
+        data = {name: change.pop(name) for name in list(change) if name in second}
+        second = {**runs[1], **data, "training": second["training"], "settings": {**first["settings"], **change}}
+        dense = made("mrpc", "dense", 1.0, 1, 0.9)
+        (tmp_path / "dense.json").write_text(json.dumps(dense))
         for run in (first, second):
             (tmp_path / f"{run['seed']}.json").write_text(json.dumps(run))
         if said is None:
-            assert len(bench.report.load(tmp_path)) == 2
+            assert len(bench.report.load(tmp_path)) == 3
         else:
             with pytest.raises(SystemExit, match=said):
                 bench.report.load(tmp_path)
@@ -393,7 +426,7 @@ def test_report_writes_pages_and_plots(bench, runs, tmp_path):
     arguments = ["--results", tmp_path / "results", "--readme", tmp_path / "README.md", "--cards", tmp_path / "cards"]
     arguments = [str(argument) for argument in arguments]
     bench.report.main([*arguments, "--no-plots"])
-    assert "| 86.0 ± 1.4 | 2.5 x |" in (tmp_path / "README.md").read_text()
+    assert "| 86.0 ± 1.4 |  | 2.5 x |" in (tmp_path / "README.md").read_text()
     assert bench.report.overview(runs) in (tmp_path / "cards" / "README.md").read_text()
     page = (tmp_path / "cards" / "mrpc.md").read_text()
     assert "| top | 2.0 x | 80.5 ± 0.7 | 80.5 ± 0.7 | 2.00 x | 6.00 x | 3.00 x | 3.00 x | 2 |" in page

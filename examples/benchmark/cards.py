@@ -31,7 +31,7 @@ def main(arguments=None):
     for result in (bar := tqdm(results, unit="card")):
         bar.set_description(result.stem)
         run = json.loads(result.read_text())
-        if run["settings"] is None:  # the dense models are not pruned
+        if run["method"] in ("dense", "dense-longer"):  # they are not pruned
             continue
         configs = [folder / result.stem / "config.json" for folder in (args.models, args.output)]
         config = next((file for file in configs if file.is_file()), None)

@@ -66,8 +66,18 @@ def train(task, splits, tokenizer, folder, *, source, learning_rate, epochs, see
         What is in `trial.json`: settings, the held-out scores of every epoch, which is the best, and how long it took.
     """
     folder = Path(folder)
+    asked = {
+        "learning_rate": learning_rate, "epochs": epochs, "batch_size": task.batch_size, "seed": seed,
+        "train_rows": len(splits["train"]), "held_out_rows": len(splits["held_out"]),
+    }  # fmt: skip
     if folder.exists():
-        return json.loads((folder / "trial.json").read_text())
+        trial = json.loads((folder / "trial.json").read_text())
+        differ = [f"{name} is {trial[name]}, not {value}" for name, value in asked.items() if trial[name] != value]
+        if differ:
+            raise SystemExit(
+                f"The dense model in {folder} was trained in another way: {', '.join(differ)}. Remove the folder, or use another --output."
+            )
+        return trial
     set_seed(seed)
     model = tp.pack(task.model(source))  # the same model, without any work on padding
     keeper = KeepBest(task, task.encode(tokenizer, splits["held_out"]), tokenizer)
@@ -86,12 +96,7 @@ def train(task, splits, tokenizer, folder, *, source, learning_rate, epochs, see
         tp.detach(model).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         trial = {
-            "learning_rate": learning_rate,
-            "epochs": epochs,
-            "batch_size": task.batch_size,
-            "seed": seed,
-            "train_rows": len(splits["train"]),
-            "held_out_rows": len(splits["held_out"]),
+            **asked,
             "held_out": keeper.scores,
             "best_epoch": keeper.best + 1,
             "score": keeper.value(keeper.best),

@@ -1,9 +1,11 @@
 """Results that are there completely or not at all."""
 
+import hashlib
 import json
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +44,19 @@ def new_folder(path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def fingerprint(folder):
+    """What tells the weights in a folder from all others."""
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
 def versions():
-    """Whatever could change the numbers."""
+    """Of the software that could change the numbers; `revision`: the last commit that touched the package, if git knows."""
     modules = {"torch": torch, "transformers": transformers, "datasets": datasets, "hf_tokenprune": tp}
-    return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
+    known = {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
+    folder = Path(tp.__file__).parent
+    asked = ["git", "-C", str(folder), "log", "-1", "--format=%h", "--", "."]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        said = ""
+    return {**known, **({"revision": said} if said else {})}

@@ -27,23 +27,46 @@ TITLES = {
 }
 BUSY = 2.0  # programs that want a core at the same time; times are of one thread
 MAIN = {"top": "ToP", "structured": "StructuredPruning", "structured+top": "Compose", "infor-coef": "InforCoef"}
-ORDER = ("dense", "topk", "topk-trained", "top-attention", "top-alone", "top", "structured", "structured+top", "infor-coef")
+ORDER = (
+    "dense",
+    "dense-longer",
+    "topk",
+    "topk-trained",
+    "top-attention",
+    "top-alone",
+    "top",
+    "structured",
+    "structured+top",
+    "infor-coef",
+)
+
+
+SAME = ("data", "split", "rows", "limited")
 
 
 def load(folder):
-    """All runs in a folder. Seeds of one method must have been run with the same settings: they are averaged."""
+    """All runs in a folder. Seeds of one method must have been run with the same settings on the same data: they are averaged; and
+    each beside the dense model that it began from."""
     files = sorted(Path(folder).glob("*.json"))
     runs = [json.loads(file.read_text()) for file in files if not file.name.startswith("dense-")]
-    known = {}
+    known, dense = {}, {(run["task"], run["seed"]): run.get("dense_model") for run in runs if run["method"] == "dense"}
     for run in runs:
-        alike = {**(run.get("settings") or {}), "training": {**(run.get("training") or {}), "seconds": None, "log": None}}
-        for name, value in settings({**alike, "limited": run["limited"]}):
-            first = known.setdefault((run["task"], run["method"], run["budget"], name), (value, run["seed"]))
+        name = f"{run['task']}, {run['method']} {run['budget']:g}"
+        training = {**(run.get("training") or {}), "seconds": None, "log": None}
+        alike = settings({**(run.get("settings") or {}), "training": training, "train_rows": run.get("train_rows")})
+        for what, value in [*alike, *((what, run.get(what)) for what in SAME)]:
+            first = known.setdefault((run["task"], run["method"], run["budget"], what), (value, run["seed"]))
             if value != first[0]:
                 raise SystemExit(
-                    f"{run['task']}, {run['method']} {run['budget']:g}: {name} is {first[0]!r} in seed {first[1]} and {value!r} in "
-                    f"seed {run['seed']}. Such scores cannot be averaged: remove the runs of one kind from {folder}."
+                    f"{name}: {what} is {first[0]!r} in seed {first[1]} and {value!r} in seed {run['seed']}. Such scores cannot be "
+                    f"averaged: remove the runs of one kind from {folder}."
                 )
+        began, now = run.get("dense_model"), dense.get((run["task"], run["seed"]))
+        if began and now and began != now:
+            raise SystemExit(
+                f"{name}, seed {run['seed']}: it began from the dense model {began}, and the dense run of that seed in {folder} is of "
+                f"{now}. Remove one of them."
+            )
     return runs
 
 
@@ -83,12 +106,14 @@ def percent(runs, *path):
     return f"{statistics.fmean(scores):.1f}{spread}"
 
 
-def what(run):
-    """The data behind a number, with every limit."""
-    limits = run["limited"]
-    rows = f"{run['rows']:,} of {run['split']}" if limits["report"] else run["split"]
-    trained = f", {limits['train']:,} to train on" if limits["train"] else ""
-    return f"{NAMES.get(run['metric'], run['metric'])}, {rows}{trained}"
+def what(groups):
+    """The data behind the numbers of a task, with every limit."""
+    runs = [run for group in groups.values() for run in group]
+    first = runs[0]
+    rows = f"{first['rows']:,} of {first['split']}" if first["limited"]["report"] else first["split"]
+    trained = [run.get("train_rows") or (run.get("training") or {}).get("train_rows") for run in runs]
+    trained = " or ".join(f"{number:,}" for number in sorted({number for number in trained if number}))
+    return f"{NAMES.get(first['metric'], first['metric'])}, {rows}" + (f", {trained} to train on" if trained else "")
 
 
 def overview(runs, columns=None):
@@ -101,29 +126,31 @@ def overview(runs, columns=None):
         runs: what `load` gives.
         columns: `{method: title}`; by default all methods, by their own names.
     """
-    columns = {name: name for name in ORDER[1:]} if columns is None else columns
+    columns = {name: name for name in ORDER[2:]} if columns is None else columns
     columns = {name: title for name, title in columns.items() if any(run["method"] == name for run in runs)}
     methods = list(columns)
-    rows = [["task", "dense", "target", *columns.values()]]
+    rows = [["task", "dense", "trained on", "target", *columns.values()]]
     for task, groups in by_task(runs).items():
-        dense = groups.get(("dense", 1.0))
-        title = f"{TITLES.get(task, task)} ({what(next(iter(groups.values()))[0])})"
+        dense, longer = groups.get(("dense", 1.0)), groups.get(("dense-longer", 1.0))
+        title = f"{TITLES.get(task, task)} ({what(groups)})"
         for budget in sorted({budget for name, budget in groups if name in methods}, reverse=True):
             cells = [cell(groups.get((method, budget)), dense) for method in methods]
-            rows.append([title, percent(dense, "score") if dense else "", f"{1 / budget:.1f} x", *cells])
+            beside = [percent(dense, "score") if dense else "", cell(longer, dense, reached=False)]
+            rows.append([title, *beside, f"{1 / budget:.1f} x", *cells])
             title = ""
     means = [over_tasks(runs, name) for name in methods]
-    rows.append(["mean over all tasks, each at the method's smallest target, against dense", "", "", *means])
+    rows.append(["mean over all tasks, each at the method's smallest target, against dense", "", "", "", *means])
     return markdown(rows)
 
 
-def cell(runs, dense):
+def cell(runs, dense, reached=True):
     """`81.1 (2.4 x)`; or `81.1 of 81.9 (2.4 x)`, with the dense score of the same seeds, where dense has more."""
     if not runs:
         return ""
     same = of_seeds(dense or [], runs)
     beside = f" of {percent(same, 'score')}" if len(same) < len(dense or []) else ""
-    return f"{percent(runs, 'score')}{beside} ({mean(runs, 'reduction', 'true_length'):.1f} x)"
+    saved = f" ({mean(runs, 'reduction', 'true_length'):.1f} x)" if reached else ""
+    return f"{percent(runs, 'score')}{beside}{saved}"
 
 
 def of_seeds(dense, runs):
@@ -147,14 +174,19 @@ def over_tasks(runs, method):
     return f"{round(statistics.fmean(differences), 1) + 0.0:+.1f} ({statistics.fmean(reductions):.2f} x)"
 
 
-COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same tuned dense model, which is also its teacher.
-"target" is the reduction of MACs asked for, in brackets the one reached, on the real tokens. A score is to be compared with "dense",
-or, where dense was run with more seeds, with the score after "of", which is dense's with the same seeds; ± is the standard deviation
-over two or three seeds, scores without are of one. Blank: not measured. The last row has the methods that were measured on all tasks.
+COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same dense model, which is also its teacher: fine-tuned
+for 2 to 4 epochs with the learning rate and of the epoch that were best on held-out data (two rates were tried for MRPC and STS-B, one
+elsewhere). A method trains on, for 2 to 5 more epochs, taught by it: what that alone gives says "trained on", where nothing goes and all
+else is as for `structured`. "target" is the reduction of MACs asked for, in brackets the one reached, on the real tokens. A score is to
+be compared with "dense", or, where dense was run with more seeds, with the score after "of", which is dense's with the same seeds; ± is
+the standard deviation over two or three seeds, scores without are of one. Blank: not measured. The last row has the methods that were
+measured on all tasks.
 CPUs round differently, so the dense model of one seed is not the same on all: MRPC's of seed 1 has 79.0 here, and had 79.5 where
-`structured` began from it. Variants of `top` were measured with the importance of an older version.
+`structured` began from it. Variants of `top` were measured with the importance of an older version. SQuAD is trained on the questions
+about 44 articles.
 
-* `topk` keeps the same share of the tokens in every layer, without training; `topk-trained` trains the weights with that selection.
+* `topk` keeps the same share of the tokens in every layer but the first, without training; `topk-trained` trains the weights with that
+  selection, taught by the teacher's logits alone (the methods are taught by its hidden states, too).
 * `top` is ToP as it is by default: importance is learned, from a token and its neighbours. `top-alone` learns it from each token
   alone, `top-attention` takes the attention that tokens receive, as the paper does.
 * `structured` is StructuredPruning, `structured+top` Compose of both, `infor-coef` InforCoef."""
@@ -180,7 +212,7 @@ def page(task, groups):
         rows.append([*cells, *(speedup(runs, size) for size in ("1", "32")), str(len(runs))])
     text = [
         f"# {TITLES.get(task, task)}",
-        f"{what(first)[0].upper()}{what(first)[1:]}. Texts have {first['tokens']:.0f} tokens on average; the padded reduction counts "
+        f"{what(groups)[0].upper()}{what(groups)[1:]}. Texts have {first['tokens']:.0f} tokens on average; the padded reduction counts "
         f"the dense model on {first['max_length']}. Speed-ups are against the dense model as transformers runs it, with padding; "
         "they are left out where the machine was busy with other work. `dense` runs packed, and computes the last layer for one "
         "token alone where its head reads no more.",
@@ -212,12 +244,12 @@ def plot(task, groups, file):
         lines[method].append((mean(runs, "reduction", "true_length"), statistics.fmean(scores), spread))
     for method, points in lines.items():
         x, y, spread = zip(*sorted(points), strict=True)
-        if method == "dense":
-            axes.axhline(y[0], color="black", linestyle="--", linewidth=1, label="dense")
+        if method in ("dense", "dense-longer"):
+            style = {"dense": "--", "dense-longer": ":"}[method]
+            axes.axhline(y[0], color="black", linestyle=style, linewidth=1, label=method)
         else:
             axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.5, capsize=3, label=method)
-    first = next(iter(groups.values()))[0]
-    axes.set(title=f"{TITLES.get(task, task)}", xlabel="MACs reduction, true length (x)", ylabel=what(first))
+    axes.set(title=f"{TITLES.get(task, task)}", xlabel="MACs reduction, true length (x)", ylabel=what(groups))
     axes.set_xlim(1, 1.2 * max(x for points in lines.values() for x, *_ in points))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

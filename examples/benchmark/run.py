@@ -14,7 +14,7 @@ from pathlib import Path
 
 import dense
 import torch
-from files import new_folder, versions, write_json
+from files import fingerprint, new_folder, versions, write_json
 from methods import METHODS, prune
 from tasks import TASKS, predict
 from tqdm import tqdm
@@ -60,7 +60,7 @@ def main(arguments=None):
         for name in args.tasks
         for seed in args.seeds
         for method in args.methods
-        for budget in (args.budgets if method != "dense" else [1.0])
+        for budget in ([1.0] if method in ("dense", "dense-longer") else args.budgets)
     ]
     tokenizer = AutoTokenizer.from_pretrained(args.model or dense.minilm())
     loaded = None, None
@@ -134,6 +134,8 @@ def run(task, splits, tokenizer, args, command, method, budget, seed):
         "split": task.report if part == "report" else task.held_out or "a tenth of train",
         "rows": len(splits[part]),
         "limited": {"train": task.limited("train", args.train_limit), "report": task.limited("eval", args.eval_limit)},
+        "train_rows": len(splits["train"]),
+        "dense_model": fingerprint(teacher),  # that it is, or began from
         "metric": task.metric,
         "score": scores[task.metric],
         "held_out": held_out[task.metric],
