@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .errors import TrainingError, UnsupportedModelError
 from .loading import from_pretrained
@@ -19,6 +20,7 @@ from .modeling.modeling_token_pruned import is_token_pruned, pack
 from .modeling.shapes import replay, shape_map
 from .processes import whole
 
+logger = logging.get_logger(__name__)
 HEAD = re.compile(r"(For[A-Z]\w*|Model)$")
 FOLDER = "_teacher"  # Trainer.push_to_hub leaves out what begins with an underscore
 
@@ -111,7 +113,7 @@ def find_teacher(teacher, student):
     """A teacher given by the user, as a model or by folder or Hub id, ready to teach.
 
     Raises:
-        TrainingError: it is the student itself, or judges other classes.
+        TrainingError: it is the student itself, judges other classes, or reads other tokens.
     """
     if isinstance(teacher, nn.Module) and student in teacher.modules():
         raise TrainingError(
@@ -122,6 +124,17 @@ def find_teacher(teacher, student):
         raise TrainingError(
             f"The teacher has {model.config.num_labels} labels, the model to be trained {student.config.num_labels}. Give a teacher "
             "for the same task."
+        )
+    words = [getattr(each.config, "vocab_size", None) for each in (model, student)]
+    if None not in words and words[0] != words[1]:
+        if words[0] < words[1]:
+            raise TrainingError(
+                f"The teacher knows {words[0]} tokens, the model to be trained {words[1]}: they do not read the same input_ids. Give "
+                "a teacher that has the same tokenizer."
+            )
+        logger.warning(
+            f"The teacher knows {words[0]} tokens, the model to be trained {words[1]}. It teaches only if both have the same "
+            "tokenizer."
         )
     heads = [HEAD.search(type(each).__name__) for each in (model, student)]
     if None not in heads and heads[0][0] != heads[1][0]:

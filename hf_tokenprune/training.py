@@ -140,11 +140,16 @@ class TokenPruneCallback(TrainerCallback):
         if state.global_step == 0:
             # A schedule of DeepSpeed's own has begun already, and does not say where it goes.
             learning_rate = group.get("initial_lr", args.learning_rate if has_engine(optimizer) else group["lr"])
-            if not learning_rate > 0:
-                raise TrainingError(f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0.")
+            learning_rate = group.get("max_lr", learning_rate)  # of schedules that begin below it
+            if not (learning_rate or 0) > 0:
+                raise TrainingError(
+                    f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0; an optimizer that "
+                    "finds its own (Adafactor with relative_step=True) does not say how far gates would move."
+                )
             self.objective.start_run(learning_rate, steps)
         self.told = False
         self.settled, self.reached = [0.0, 0.0], None
+        self.objective.close_gates()  # those of a run that was interrupted
         self.objective.moment = self.method.schedule.at(state.global_step, self.total)
         if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
             self.objective.harden()
@@ -215,19 +220,20 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.moment = now
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.objective is None or logs is None:
+        if logs is None or self.objective is None or not is_token_pruned(self.inner):
             return
         evaluated = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), None)
         over = "total_flos" in logs  # the last log of a run, with its times
         if "loss" in logs:
             numbers = {**self.objective.state(), **self.objective.pop_log(), **_shares(self._pop_sums(True), self.inner)}
         elif over:
-            numbers = {f"train_{name}": value for name, value in self._reached().items()}
+            numbers = {f"train_{name}": value for name, value in self._reached(state.global_step).items()}
         elif evaluated is not None:
             numbers = {f"{evaluated}_{name}": value for name, value in _shares(self._pop_sums(False), self.inner).items()}
         else:
             return
-        logs.update(numbers)
+        if "loss" in logs or not state.is_hyper_param_search:  # whose default objective adds up whatever was evaluated
+            logs.update(numbers)
         if state.log_history:
             state.log_history[-1].update(numbers)
             if evaluated not in (None, "train"):
@@ -239,14 +245,16 @@ class TokenPruneCallback(TrainerCallback):
             _forget_best(state)
 
     def on_predict(self, args, state, control, **kwargs):
-        if self.objective is not None:
+        if self.objective is not None and is_token_pruned(self.inner):
             self._pop_sums(False)  # a prediction is no evaluation
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None
         self.objective.end_run(self.reached)
-        if args.load_best_model_at_end and state.best_global_step:
-            best = [number for number, entry in enumerate(state.log_history) if entry.get("step") == state.best_global_step]
+        loaded = args.load_best_model_at_end and state.best_model_checkpoint
+        if loaded:  # of the best evaluations only those count that were saved
+            step = int(loaded.rpartition("-")[2])
+            best = [number for number, entry in enumerate(state.log_history) if entry.get("step") == step]
             best = [number for number in best if "eval_runtime" in state.log_history[number]]
             self.inner.token_pruner.evaluation = None
             if best:
@@ -278,9 +286,10 @@ class TokenPruneCallback(TrainerCallback):
         )
         return begun
 
-    def _reached(self):
+    def _reached(self, step):
         """What a finished run was asked for and has come to, on its training texts; nothing of one that ended too early."""
         self._pop_sums(True)
+        self.objective.moment = self.method.schedule.at(step, self.total)  # where there is no settling it was the one before
         spent, dense = total_of(self.settled, self.inner.device)
         self.reached = spent / dense if self.objective.moment.phase == "settle" and dense else None
         return {} if self.reached is None else self.objective.reached(self.reached)

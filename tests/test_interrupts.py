@@ -330,3 +330,25 @@ def test_what_a_killed_save_of_the_teacher_left_goes_with_the_next(tmp_path):
     left.mkdir(parents=True)
     trainer_for(tmp_path, top()).train()
     assert [path.name for path in tmp_path.glob("_*")] == ["_teacher"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step"])
+def test_a_run_that_was_interrupted_can_be_begun_anew(tmp_path, name, event):
+    """In a notebook, in the same Trainer; gates of the interrupted step are closed."""
+
+    class Interrupt(TrainerCallback):
+        times = 0
+
+        def interrupt(self, _args, state, _control, **_):
+            if state.global_step == DENSE + 1 and not self.times:
+                self.times += 1
+                raise KeyboardInterrupt
+
+    setattr(Interrupt, event, Interrupt.interrupt)
+    trainer = trainer_of(tmp_path, name, callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    assert trainer.evaluate()["eval_macs_realised"] < 0.75

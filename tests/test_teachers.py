@@ -88,3 +88,14 @@ def test_a_model_without_its_pooler_is_its_own_teacher(tmp_path):
     assert logged(trainer, "distillation")
     trainer.save_model(tmp_path / "saved")
     assert 0.4 < spent_share(tp.from_pretrained(tmp_path / "saved"), Texts()) < 0.51
+
+
+def test_a_teacher_with_other_words_is_refused(tmp_path, caplog):
+    """Token 7 means something else to it."""
+    student = build("bert", HEAD)
+    fewer = build("bert", HEAD, vocab_size=student.config.vocab_size - 1)
+    with pytest.raises(tp.errors.TrainingError, match="same tokenizer"):
+        trainer_for(tmp_path, top(teacher=fewer), model=student).train()
+    more = build("bert", HEAD, vocab_size=student.config.vocab_size + 5)  # some pad their tables
+    trainer_for(tmp_path, top(teacher=more), model=build("bert", HEAD), max_steps=3).train()
+    assert "only if both have the same tokenizer" in caplog.text

@@ -8,7 +8,8 @@ import torch
 from families import build, make_inputs, outputs_of
 from torch.nn import functional
 from training_helpers import Recorder, Texts, at_home, collate, no_dropout, spent_share, top, trainer_for
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import Adafactor, EarlyStoppingCallback, TrainingArguments
+from transformers.optimization import AdafactorSchedule
 
 import hf_tokenprune as tp
 from hf_tokenprune.modeling.sizes import sizes_of
@@ -53,6 +54,21 @@ def test_stopping_before_the_budget_is_met_is_told(tmp_path, caplog):
 
     trainer_for(tmp_path, top(), callbacks=[Stop()]).train()
     assert "ended at step 6, before the budget was met" in caplog.text
+
+
+def test_hyperparameter_search_by_the_loss(tmp_path):
+    """Its default objective adds up all that was evaluated, or takes the loss where there is nothing else."""
+    callback = tp.TokenPruneCallback(top())
+    trainer = trainer_for(
+        tmp_path, callbacks=[callback], model_init=lambda: callback.attach(build("bert", HEAD)), eval_strategy="steps", eval_steps=12
+    )  # fmt: skip
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3, log=True)},
+        n_trials=1, backend="optuna",
+    )  # fmt: skip
+    (evaluated,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert best.objective == evaluated["eval_loss"]
+    assert 0 < evaluated["eval_macs_realised"] < 1
 
 
 def test_hyperparameter_search(tmp_path):
@@ -241,3 +257,39 @@ def test_data_parallel_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     with pytest.raises(tp.errors.TrainingError, match=r"DataParallel.*torchrun"):
         trainer_for(tmp_path, top())
+
+
+def test_the_dense_model_can_be_evaluated_by_the_same_trainer(tmp_path):
+    trainer = trainer_for(tmp_path, top())
+    trainer.train()
+    tp.detach(trainer.model)
+    assert "eval_macs_realised" not in trainer.evaluate()
+    assert trainer.predict(Texts(8)).predictions.shape == (8, 3)
+
+
+def test_gates_move_as_said_where_the_schedule_begins_below_its_peak(tmp_path):
+    callback = tp.TokenPruneCallback(top(gate_lr=0.1))
+    model = callback.attach(build("bert", HEAD))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=12)
+    trainer_for(tmp_path, model=model, callbacks=[callback], optimizers=(optimizer, schedule)).train()
+    assert callback.objective.gates.state.scale == pytest.approx(100)
+
+
+def test_an_optimizer_that_finds_its_own_pace_is_refused(tmp_path):
+    callback = tp.TokenPruneCallback(top())
+    model = callback.attach(build("bert", HEAD))
+    optimizer = Adafactor(model.parameters(), lr=None, relative_step=True)
+    trainer = trainer_for(tmp_path, model=model, callbacks=[callback], optimizers=(optimizer, AdafactorSchedule(optimizer)))
+    with pytest.raises(tp.errors.TrainingError, match="relative_step"):
+        trainer.train()
+
+
+def test_where_nothing_settles_gates_are_closed_all_the_same(tmp_path):
+    """Another Trainer, without the callback, trains the model as it has become."""
+    callback = tp.TokenPruneCallback(top(schedule=tp.Schedule(dense=1, anneal=1, settle=0)))
+    trainer = trainer_for(tmp_path, callbacks=[callback])
+    trainer.train()
+    assert callback.objective.moment.phase == "settle"
+    trainer.model.train()(**make_inputs("bert", HEAD))
+    assert not trainer.model.token_pruner.is_soft

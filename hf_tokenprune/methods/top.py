@@ -53,7 +53,8 @@ class ToP(GatedMethod):
 
     Args:
         target_macs: MACs to spend on the real tokens, as a share of the dense model's. It must be given; 0.4 is 2.5 times fewer.
-        teacher: "self" (the model as it is after the dense phase of this run), a folder or Hub id, a model, or None.
+        teacher: "self" (the model as it is after the dense phase of this run), a folder or Hub id, a model, or None. It has to have
+            been fine-tuned for the same task, with the same tokenizer.
         sites: layers that may drop tokens; None = all but the first (and the last, where a pooled head reads one token). The first
             is among them where importance is learned.
         rank_bins: gates per site. More are finer and slower to learn.
