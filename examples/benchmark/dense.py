@@ -75,7 +75,8 @@ def train(task, splits, tokenizer, folder, *, source, learning_rate, epochs, see
         differ = [f"{name} is {trial[name]}, not {value}" for name, value in asked.items() if trial[name] != value]
         if differ:
             raise SystemExit(
-                f"The dense model in {folder} was trained in another way: {', '.join(differ)}. Remove the folder, or use another --output."
+                f"The dense model in {folder} was trained in another way: {', '.join(differ)}. Remove the folder, or use another "
+                "--output."
             )
         return trial
     set_seed(seed)

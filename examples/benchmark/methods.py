@@ -3,8 +3,8 @@
 `topk` keeps one and the same share of the tokens in every layer that may drop some, without training; `topk-trained` trains the
 weights with exactly that selection. The rest learn what to drop or to cut.
 
-`dense-longer` is the control: nothing goes, and all else is as for the others. They train on for some more epochs, with the dense model
-for a teacher; what that alone gives is not pruning's.
+`dense-longer` is the control: nothing goes, and all else is as for the others. They train on for some more epochs, with the dense
+model for a teacher; what that alone gives is not pruning's.
 """
 
 import time
@@ -28,7 +28,7 @@ def structured(budget, teacher):
 
 
 def dense_longer(_, teacher):
-    """As `structured`, with a budget that a packed model meets with everything left (where each token is answered for, but for 0.1 %)."""
+    """As `structured`, with a budget that a packed model meets with everything left (but for 0.1 %, where all tokens are read)."""
     return structured(0.999, teacher)
 
 

@@ -64,8 +64,8 @@ def load(folder):
         began, now = run.get("dense_model"), dense.get((run["task"], run["seed"]))
         if began and now and began != now:
             raise SystemExit(
-                f"{name}, seed {run['seed']}: it began from the dense model {began}, and the dense run of that seed in {folder} is of "
-                f"{now}. Remove one of them."
+                f"{name}, seed {run['seed']}: it began from the dense model {began}, and the dense run of that seed in {folder} is "
+                f"of {now}. Remove one of them."
             )
     return runs
 
@@ -174,19 +174,19 @@ def over_tasks(runs, method):
     return f"{round(statistics.fmean(differences), 1) + 0.0:+.1f} ({statistics.fmean(reductions):.2f} x)"
 
 
-COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same dense model, which is also its teacher: fine-tuned
-for 2 to 4 epochs with the learning rate and of the epoch that were best on held-out data (two rates were tried for MRPC and STS-B, one
-elsewhere). A method trains on, for 2 to 5 more epochs, taught by it: what that alone gives says "trained on", where nothing goes and all
-else is as for `structured`. "target" is the reduction of MACs asked for, in brackets the one reached, on the real tokens. A score is to
-be compared with "dense", or, where dense was run with more seeds, with the score after "of", which is dense's with the same seeds; ± is
-the standard deviation over two or three seeds, scores without are of one. Blank: not measured. The last row has the methods that were
-measured on all tasks.
+COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same dense model, which is also its teacher: fine-
+tuned for 2 to 4 epochs with the learning rate and of the epoch that were best on held-out data (two rates were tried for MRPC and
+STS-B, one elsewhere). A method trains on, for 2 to 5 more epochs, taught by it: what that alone gives says "trained on", where
+nothing goes and all else is as for `structured`. "target" is the reduction of MACs asked for, in brackets the one reached, on the
+real tokens. A score is to be compared with "dense", or, where dense was run with more seeds, with the score after "of", which is
+dense's with the same seeds; ± is the standard deviation over two or three seeds, scores without are of one. Blank: not measured.
+The last row has the methods that were measured on all tasks.
 CPUs round differently, so the dense model of one seed is not the same on all: MRPC's of seed 1 has 79.0 here, and had 79.5 where
-`structured` began from it. Variants of `top` were measured with the importance of an older version. SQuAD is trained on the questions
-about 44 articles.
+`structured` began from it. Variants of `top` were measured with the importance of an older version. SQuAD is trained on the
+questions about 44 articles.
 
-* `topk` keeps the same share of the tokens in every layer but the first, without training; `topk-trained` trains the weights with that
-  selection, taught by the teacher's logits alone (the methods are taught by its hidden states, too).
+* `topk` keeps the same share of the tokens in every layer but the first, without training; `topk-trained` trains the weights with
+  that selection, taught by the teacher's logits alone (the methods are taught by its hidden states, too).
 * `top` is ToP as it is by default: importance is learned, from a token and its neighbours. `top-alone` learns it from each token
   alone, `top-attention` takes the attention that tokens receive, as the paper does.
 * `structured` is StructuredPruning, `structured+top` Compose of both, `infor-coef` InforCoef."""
@@ -212,9 +212,9 @@ def page(task, groups):
         rows.append([*cells, *(speedup(runs, size) for size in ("1", "32")), str(len(runs))])
     text = [
         f"# {TITLES.get(task, task)}",
-        f"{what(groups)[0].upper()}{what(groups)[1:]}. Texts have {first['tokens']:.0f} tokens on average; the padded reduction counts "
-        f"the dense model on {first['max_length']}. Speed-ups are against the dense model as transformers runs it, with padding; "
-        "they are left out where the machine was busy with other work. `dense` runs packed, and computes the last layer for one "
+        f"{what(groups)[0].upper()}{what(groups)[1:]}. Texts have {first['tokens']:.0f} tokens on average; the padded reduction "
+        f"counts the dense model on {first['max_length']}. Speed-ups are against the dense model as transformers runs it, with "
+        "padding; they are left out where the machine was busy with other work. `dense` runs packed, and computes the last layer for one "
         "token alone where its head reads no more.",
         f"![Score against reduction]({task}.png)",
         markdown(rows),
