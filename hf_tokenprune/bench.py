@@ -23,6 +23,7 @@ from transformers import DataCollatorWithPadding
 
 from .cost import CostMeter, padded_macs
 from .errors import ConfigError
+from .modeling.architectures import transformers_model
 from .subject import (
     are_pairs,
     check_length,
@@ -95,7 +96,7 @@ def bench(
         _check_device(device)
     pairs = are_pairs(texts)
     if isinstance(folder_or_model, nn.Module):
-        model, name = copy_of(folder_or_model), type(folder_or_model).__name__
+        model, name = copy_of(transformers_model(folder_or_model)), type(folder_or_model).__name__
     else:
         model, name = open_model(folder_or_model), str(folder_or_model)
     check_reads_text(model)

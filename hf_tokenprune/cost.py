@@ -3,7 +3,9 @@
 Counted, per layer: every `nn.Linear` (inputs x outputs, per token that runs through it), attention
 (`2 * width` per query-key pair of the same sequence, `width` = heads x head size; a sliding window saves nothing), and what a
 selector spends itself. Not counted: embeddings, norms, activations, softmax, biases and the head, nor what MPNet and DeBERTa spend
-on relative positions and on padding to the longest text that is left in their attention. FLOPs are twice the MACs.
+on relative positions and on padding to the longest text that is left in their attention; on a GPU neither that a site multiplies its
+layer's queries and keys a second time to see what tokens receive, nor padding of up to a fifth where texts of about equal lengths
+share a call of attention. FLOPs are twice the MACs.
 
     >>> from transformers import BertConfig, BertModel
     >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -18,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from .errors import UnsupportedInputError, UnsupportedModelError
-from .modeling.architectures import find_encoder, get_layers
+from .modeling.architectures import find_encoder, get_layers, transformers_model
 from .modeling.calls import LayerTrace
 from .modeling.configs import dense_skeleton
 from .modeling.shapes import shape_map
@@ -115,12 +117,13 @@ def trace_macs(model: nn.Module, trace: Sequence[LayerTrace] | None = None) -> l
         UnsupportedModelError: the model is dense.
         UnsupportedInputError: it has not run yet.
     """
+    model = transformers_model(model)
     return _trace_macs(model, layer_shapes(model), _trace_of(model) if trace is None else trace)
 
 
 def dense_macs(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     """MACs of each layer if the unmodified model, with all its weights, ran on sequences of these lengths without any padding."""
-    return [shape.whole(lengths) for shape in dense_layer_shapes(model)]
+    return [shape.whole(lengths) for shape in dense_layer_shapes(transformers_model(model))]
 
 
 def padded_macs(model: nn.Module, batch_size: int, seq_len: int) -> list[int]:
@@ -163,7 +166,7 @@ class CostMeter:
     """Adds up the cost of a packed or token-pruned model over many batches.
 
     Args:
-        model: the model; what it was cut from is measured now, its layers and selectors at each update.
+        model: the model, or what has it in it; what it was cut from is measured now, its layers and selectors at each update.
         max_length: tokens that the unmodified model would pad every sequence to; None = it does not pad.
 
     Example:
@@ -179,9 +182,10 @@ class CostMeter:
     """
 
     def __init__(self, model: nn.Module, max_length: int | None = None):
-        self.model = model
+        self.model = model = transformers_model(model)
         self.max_length = max_length
         self._dense_shapes = dense_layer_shapes(model)
+        self._measured = None, None
         self._dense = self._padded = self._spent = self._sequences = 0
         self._entered, self._tokens = 0, []
 
@@ -203,13 +207,20 @@ class CostMeter:
         padded = lengths if self.max_length is None else [self.max_length] * len(lengths)
         self._dense += sum(shape.whole(lengths) for shape in self._dense_shapes)
         self._padded += sum(shape.whole(padded) for shape in self._dense_shapes)
-        self._spent += sum(_trace_macs(self.model, layer_shapes(self.model), trace))
+        self._spent += sum(_trace_macs(self.model, self._shapes(), trace))
         self._sequences += len(lengths)
         self._entered += sum(lengths)
         if len(self._tokens) != len(trace):  # layers were removed in between: tokens per layer are those of the layers left
             self._tokens, self._counted = [0] * len(trace), 0
         self._counted += len(lengths)
         self._tokens = [tokens + sum(layer.survived) for tokens, layer in zip(self._tokens, trace, strict=True)]
+
+    def _shapes(self):
+        """The layers' shapes now. Whoever cuts the model writes it another `config.token_pruning`."""
+        settings = self.model.config.token_pruning
+        if self._measured[0] is not settings:
+            self._measured = settings, layer_shapes(self.model)
+        return self._measured[1]
 
     @property
     def started(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import UnsupportedModelError
-from .modeling.architectures import find_encoder
+from .modeling.architectures import find_encoder, transformers_model
 
 BATCH = 32
 
@@ -42,7 +42,7 @@ def token_depths(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> TokenD
     The model runs in evaluation mode without gradients, and is left as it was.
 
     Args:
-        model: a model that `attach` or `pack` has been called on, or that was loaded as such.
+        model: a model that `attach` or `pack` has been called on, or that was loaded as such; or what has it in it.
         inputs: what the model is called with: `input_ids` and `attention_mask`, or `pixel_values` (whose tokens are the family's
             summary tokens and then the patches, row by row).
 
@@ -58,6 +58,7 @@ def token_depths(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> TokenD
         >>> sorted(found.depths[0].tolist()), found.tokens_per_layer
         ([1, 1, 3, 3, 3], [5.0, 3.0, 3.0])
     """
+    model = transformers_model(model)
     pruner = getattr(model, "token_pruner", None)
     if pruner is None:
         raise UnsupportedModelError(

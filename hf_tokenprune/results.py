@@ -68,7 +68,7 @@ def evaluation_of_log(
     Args:
         history: the log; entries before the last serve to find the score of the dense model.
         prefix: what the names of the metrics begin with.
-        metric: the score to report; by default the first one that is no loss and no time.
+        metric: the score to report; by default, or if this is a loss, the first one that is no loss and no time.
         dense_until: the step at which pruning began, 0 if there was no dense phase.
 
     Example:
@@ -84,7 +84,8 @@ def evaluation_of_log(
     }
     scores = [name for name in numbers if name not in NO_SCORES and not name.startswith(OURS)]
     metric = metric.removeprefix(f"{prefix}_") if metric else None
-    metric = metric if metric in numbers else next(iter(scores), "loss")
+    if metric not in numbers or (metric in NO_SCORES and scores):
+        metric = next(iter(scores), "loss")
     found = {"metric": metric, "score": numbers[metric]} if metric in numbers else {}
     before = [e[f"{prefix}_{metric}"] for e in history if f"{prefix}_{metric}" in e and 0 < e.get("step", 0) <= dense_until]
     if found and before and entry.get("step", 0) > dense_until:

@@ -246,6 +246,28 @@ def test_the_best_model_says_how_itself_was_evaluated(tmp_path):
     assert saved_data(trainer, tmp_path / "saved")[DATA]["score"] == -best
 
 
+def test_the_card_is_of_the_model_that_was_loaded(tmp_path):
+    """The best evaluation, of step 10, was of one that no checkpoint holds."""
+    trainer = trainer_for(
+        tmp_path / "run", top(), compute_metrics=lambda _: {"score": {10: 1.0}.get(trainer.state.global_step, 0.5)},
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=4, load_best_model_at_end=True,
+        metric_for_best_model="score",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 10
+    assert saved_data(trainer, tmp_path / "saved")[DATA]["score"] == 0.5
+
+
+@pytest.mark.parametrize("named", [None, "eval_loss"])
+def test_a_card_tells_of_a_metric_though_the_best_model_is_that_of_lowest_loss(tmp_path, named):
+    trainer = trainer_for(
+        tmp_path / "run", top(), compute_metrics=accuracy, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
+        load_best_model_at_end=True, metric_for_best_model=named,
+    )  # fmt: skip
+    trainer.train()
+    assert saved_data(trainer, tmp_path / "saved")[DATA]["metric"] == "accuracy"
+
+
 def test_the_trainers_own_card_gets_our_section_and_a_persons_card_stays(tmp_path):
     trainer = trainer_for(tmp_path, top(), max_steps=3)
     trainer.save_model()

@@ -14,6 +14,8 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 import hf_tokenprune as tp
+from hf_tokenprune.modeling.calls import Forward
+from hf_tokenprune.modeling.packing import PackedBatch
 
 TEXT = [name for name in TEXTS if "ForTokenClassification" in FAMILIES[name].heads]
 TEXT_CASES = [case for case in CASES if case[1] in ("ForSequenceClassification", "ForTokenClassification")]
@@ -504,6 +506,55 @@ class MeanForSequenceClassification(hf.BertForSequenceClassification):
     def forward(self, input_ids, attention_mask):
         states = self.bert(input_ids, attention_mask).last_hidden_state
         return {"logits": self.classifier((states * attention_mask[..., None]).sum(1))}
+
+
+class MeanPooler(torch.nn.Module):
+    """What a user might put in the place of BERT's pooler."""
+
+    def forward(self, states):
+        return states.mean(1)
+
+
+def test_a_part_of_a_users_own_may_read_every_token():
+    model, inputs = build("bert", "ForSequenceClassification"), make_inputs("bert", "", lengths=(9, 9))
+    assert tp.pack(build("bert", "ForSequenceClassification")).token_pruner.pooled_head
+    model.bert.pooler = MeanPooler()
+    dense = outputs_of(model, inputs)
+    assert_same(outputs_of(tp.pack(model), inputs), dense)
+    assert_same(outputs_of(tp.pack(model), inputs), dense, "packed again")
+
+
+def test_texts_that_come_in_one_row_are_refused():
+    """A packed model would read them as one text."""
+    model = tp.pack(build("bert", "Model"))
+    ids, bounds = torch.randint(5, 30, (1, 12)), torch.tensor([0, 5, 12], dtype=torch.int32)
+    with pytest.raises(tp.errors.UnsupportedInputError, match="pass them padded"):
+        model(input_ids=ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=7, max_length_k=7)
+    causal = tp.pack(build("llama", "Model"))
+    places = torch.tensor([[*range(5), *range(7)]])
+    with pytest.raises(tp.errors.UnsupportedInputError, match="begin anew"):
+        causal(input_ids=ids, position_ids=places)
+    causal(input_ids=ids, position_ids=torch.arange(12)[None])
+
+
+def test_distances_that_all_texts_share_are_there_once():
+    """DeBERTa would make two more tables of their size in every layer."""
+    model, inputs = build("deberta-v2", "ForTokenClassification"), make_inputs("deberta-v2", "")
+    seen = []
+    layer = tp.pack(model).deberta.encoder.layer[1].attention.self
+    layer.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["relative_pos"].numel()), with_kwargs=True)
+    outputs_of(model, inputs)
+    outputs_of(model, padded_left(inputs))
+    assert seen == [30 * 30] * 2
+
+
+def test_rotary_tables_are_not_mixed_up_where_each_layer_gets_its_own():
+    """As under FSDP2, which casts what a layer gets: a new pair, that comes to lie where another one's lay."""
+    batch = PackedBatch.from_mask(torch.tensor([[1, 1, 0], [1, 1, 1]]), batch_size=2, seq_len=3, device="cpu")
+    forward = Forward(None, None, None, None, head_reads=False, return_tuple=False, keeps_states=False)
+    for number in range(9):
+        packed, _ = forward.gather((torch.full((1, 3, 2), float(number)), None), batch)
+        assert packed.eq(number).all()
 
 
 def test_a_head_of_a_users_own_may_read_every_token():

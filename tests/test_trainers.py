@@ -37,11 +37,12 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
-from sentence_transformers.sparse_encoder.modules import SpladePooling
+from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from training_helpers import PullMethod, Recorder, at_home, logged, no_dropout, top
 
 import hf_tokenprune as tp
+from hf_tokenprune.bench import bench
 from hf_tokenprune.publish import push
 
 WORDS = [f"w{number}" for number in range(100)]
@@ -457,3 +458,42 @@ def test_several_transformers_models_in_one_are_refused():
         tp.pack(both)
     with pytest.raises(tp.errors.UnsupportedModelError, match="none in it"):
         tp.pack(torch.nn.Linear(2, 2))
+
+
+def test_what_looks_at_a_model_finds_it_in_its_wrapper(folders):
+    model = tp.pack(embedder(folders))
+    inner, texts = inside(model), TEXTS[:3]
+    inputs = model.tokenizer(texts, padding=True, return_tensors="pt")
+    assert tp.token_depths(model, inputs).depths.equal(tp.token_depths(inner, inputs).depths)
+    meter = tp.cost.CostMeter(model)
+    model.encode(texts)
+    meter.update()
+    assert meter.cost.sequences == 3
+    assert tp.cost.trace_macs(model) == tp.cost.trace_macs(inner)
+    assert bench(model, texts, tokenizer=model.tokenizer, batch_sizes=[2], repeats=1)["class"] == "BertModel"
+    found = tp.report(model, texts, tokenizer=model.tokenizer, repeats=1)
+    assert (found.name, len(found.samples)) == ("BertModel", 3)
+
+
+def test_texts_are_no_longer_put_into_one_row_once_a_model_packs_them_itself(folders, monkeypatch):
+    """sentence-transformers does so for FlashAttention, and asks once."""
+    monkeypatch.setattr(Transformer, "_can_flatten_inputs", lambda self: self.config._attn_implementation != "token_pruning")
+    model = embedder(folders)
+    model[0].unpad_inputs = None
+    assert model[0].can_flatten_inputs
+    tp.pack(model)
+    assert not model[0].can_flatten_inputs
+    tp.detach(model)
+    assert model[0].can_flatten_inputs
+
+
+def test_a_sparse_model_of_the_older_kind_opens_token_pruned(folders, tmp_path):
+    """Published SPLADE models name a module class of their own."""
+    model = SparseEncoder(modules=[MLMTransformer(folders["ForMaskedLM"]), SpladePooling()], device="cpu")
+    tp.attach(model, {1: tp.TopK(0.5)})
+    model.save_pretrained(str(tmp_path))
+    assert "MLMTransformer" in (tmp_path / "modules.json").read_text()
+    found = tp.sentence_transformers.from_pretrained(str(tmp_path), SparseEncoder, device="cpu")
+    assert type(found[0]) is MLMTransformer
+    assert len(inside(found).token_pruner.sites) == 1
+    assert torch.equal(encode(found), encode(model))

@@ -174,9 +174,9 @@ def over_tasks(runs, method):
     return f"{round(statistics.fmean(differences), 1) + 0.0:+.1f} ({statistics.fmean(reductions):.2f} x)"
 
 
-COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same dense model, which is also its teacher: fine-
-tuned for 2 to 4 epochs with the learning rate and of the epoch that were best on held-out data (two rates were tried for MRPC and
-STS-B, one elsewhere). A method trains on, for 2 to 5 more epochs, taught by it: what that alone gives says "trained on", where
+COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same dense model, which is also its teacher:
+fine-tuned for 2 to 4 epochs with the learning rate and of the epoch that were best on held-out data (two rates were tried for MRPC
+and STS-B, one elsewhere). A method trains on, for 2 to 5 more epochs, taught by it: what that alone gives says "trained on", where
 nothing goes and all else is as for `structured`. "target" is the reduction of MACs asked for, in brackets the one reached, on the
 real tokens. A score is to be compared with "dense", or, where dense was run with more seeds, with the score after "of", which is
 dense's with the same seeds; ± is the standard deviation over two or three seeds, scores without are of one. Blank: not measured.
@@ -214,8 +214,8 @@ def page(task, groups):
         f"# {TITLES.get(task, task)}",
         f"{what(groups)[0].upper()}{what(groups)[1:]}. Texts have {first['tokens']:.0f} tokens on average; the padded reduction "
         f"counts the dense model on {first['max_length']}. Speed-ups are against the dense model as transformers runs it, with "
-        "padding; they are left out where the machine was busy with other work. `dense` runs packed, and computes the last layer for one "
-        "token alone where its head reads no more.",
+        "padding; they are left out where the machine was busy with other work. `dense` runs packed, and computes the last layer for "
+        "one token alone where its head reads no more.",
         f"![Score against reduction]({task}.png)",
         markdown(rows),
     ]

@@ -41,13 +41,14 @@ def from_pretrained(folder_or_id, model_class=None, **kwargs):
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sparse_encoder.modules import MLMTransformer
     from sentence_transformers.util import fullname
 
-    opener = {fullname(Transformer): token_pruned_transformer(Transformer)}
-    model = (model_class or SentenceTransformer)._load_with_module_classes(folder_or_id, opener, **kwargs)
+    openers = {fullname(kind): token_pruned_transformer(kind) for kind in (Transformer, MLMTransformer)}
+    model = (model_class or SentenceTransformer)._load_with_module_classes(folder_or_id, openers, **kwargs)
     for module in model.modules():
-        if isinstance(module, Transformer):
-            module.__class__ = Transformer
+        if isinstance(module, tuple(openers.values())):
+            module.__class__ = type(module)._dense_class
     return model.eval()
 
 

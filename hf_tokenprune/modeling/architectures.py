@@ -286,12 +286,17 @@ def _check(family, model, encoder):
 
 def reads_only_pooled(family, model, encoder):
     """Does this head read nothing but the first token? Then the last layer needs to compute that token alone. Only heads of
-    transformers are known well enough to say so."""
+    transformers are known well enough to say so, if they have no part that a user has put there."""
     if model is encoder or not family.summary_tokens:
         return False
     if getattr(encoder.config, "classifier_pooling", "cls") not in ("cls", "bos"):
         return False
     head = getattr(type(model), "_dense_class", type(model))
+    layers = {id(module) for layer in get_layers(family, encoder) for module in layer.modules()}
+    parts = [part for name, part in model.named_modules() if id(part) not in layers and not name.startswith("token_pruner")]
+    known = ("transformers", "torch", "peft", "bitsandbytes")
+    if any(type(part).__module__.partition(".")[0] not in known for part in parts if not hasattr(type(part), "_dense_class")):
+        return False
     return head.__module__.startswith("transformers.") and head.__name__.endswith(family.pooled_heads)
 
 

@@ -100,6 +100,11 @@ class LayerCall:
     def attend(self, query, key, value, dropout, scaling, window, causal):
         """Attention of this layer; chooses the survivors on the way."""
         active.call = self
+        if query.device != self.batch.index.device:
+            raise UnsupportedInputError(
+                f"Layer {self.layer} is on {query.device}, the first on {self.batch.index.device}: a packed model has to be on one "
+                'device. Load it with device_map={"": 0}, for instance.'
+            )
         context, importance = packed_attention(
             query, key, value, self.batch,
             dropout=dropout, scaling=scaling, window=window, causal=causal,
@@ -311,9 +316,9 @@ class Forward:
     def gather(self, value, batch):
         """Bring a rotary `(cos, sin)` pair of `(1 or B, S, D)` into packed order `(1, T, D)`."""
         key = (id(value), id(batch))
-        if key not in self.gathered:
-            self.gathered[key] = tuple(part if part is None else batch.pack(part) for part in value)
-        return self.gathered[key]
+        if key not in self.gathered:  # with what it is of: that must live, or another may get its id
+            self.gathered[key] = value, batch, tuple(part if part is None else batch.pack(part) for part in value)
+        return self.gathered[key][-1]
 
     def padded(self, number, states):
         """Entry `number` of `output_hidden_states` as `(B, S, H)`: 0 is the first layer's input, then each layer's output."""

@@ -309,7 +309,16 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
     for layer, selector in ordered:
         pruner.sites[str(layer)] = selector
     mount(model, pruner, config)
+    _look_again(given)
     return given
+
+
+def _look_again(wrapper):
+    """sentence-transformers has seen by the attention function whether it may put texts one after another into one row, which only
+    FlashAttention can read: let it look at the present one."""
+    for module in wrapper.modules():
+        if hasattr(type(module), "unpad_inputs"):
+            module.unpad_inputs = module.unpad_inputs
 
 
 def mount(model, pruner, config):
@@ -405,4 +414,5 @@ def detach(model):
         model.config.auto_map = others
     elif hasattr(model.config, "auto_map"):
         del model.config.auto_map
+    _look_again(given)
     return given

@@ -44,7 +44,11 @@ def _position_bias(batch, bias, heads):
 
 
 def _relative_pos(batch, distances, heads):
-    """DeBERTa: `(1, S, S)` bucketed distances. Its attention wants them as `(1, sequences * heads, longest, longest)`."""
+    """DeBERTa: `(1, S, S)` bucketed distances. Its attention wants them as `(1, sequences * heads, longest, longest)`, and makes two
+    more of that size for each layer; or as `(1, longest, longest)`, if they are the same for all."""
+    if batch.gapless:
+        longest = max(batch.lengths)
+        return distances[:, :longest, :longest]
     return relative(batch, distances).repeat_interleave(heads, 0)[None]
 
 

@@ -238,6 +238,12 @@ class TokenPruner(nn.Module):
                 "output_attentions=True: a packed model never forms the attention matrices. Ask the dense model: "
                 "hf_tokenprune.detach(model) gives it back."
             )
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise UnsupportedInputError(
+                "cu_seq_lens_q was given: these texts come one after another in one row, and a packed model would read them as one "
+                "text. Let it pack them: pass them padded, with their attention_mask (no DataCollatorWithFlattening; in "
+                "sentence-transformers unpad_inputs=False)."
+            )
         for name in ("past_key_values", "encoder_hidden_states", "use_cache"):
             if kwargs.get(name) is not None and kwargs.get(name) is not False:
                 raise UnsupportedInputError(
@@ -246,6 +252,11 @@ class TokenPruner(nn.Module):
         if self.family.pools_last and "use_cache" in signature(encoder.forward).parameters:
             kwargs = {**kwargs, "use_cache": False}  # else the config, made for generation, would have one filled
         given = signature(encoder.forward).bind_partial(*args, **kwargs).arguments
+        if self.family.pools_last and given.get("attention_mask") is None and _begin_anew(given.get("position_ids")):
+            raise UnsupportedInputError(
+                "position_ids begin anew within a row: a packed model would read the texts in it as one. Pass one text a row, with "
+                "attention_mask."
+            )
         ids = given.get("input_ids")
         is_ids = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
         words = given.get("inputs_embeds") if ids is None else ids
@@ -383,3 +394,8 @@ class TokenPruner(nn.Module):
         if states is not None:
             output.hidden_states = tuple(forward.padded(number, state) for number, state in enumerate(states))
         return output.to_tuple() if forward.return_tuple else output
+
+
+def _begin_anew(places):
+    """Are these `position_ids` of several texts in one row?"""
+    return places is not None and places.ndim == 2 and bool((places[:, 1:] < places[:, :-1]).any())

@@ -16,6 +16,11 @@ from .kernels import has_kernels, ranks
 
 SELECTORS = {}
 
+INCOMPLETE = (
+    "Load a complete checkpoint; or, if the plain class of transformers has written this one, which trains and saves all but that, "
+    "take token_pruning and auto_map out of its config.json: its weights are of a model that drops nothing."
+)
+
 
 def register_selector(cls):
     """Make a `Selector` known under its `kind`, the word that stands for it in `config.token_pruning`."""
@@ -241,7 +246,7 @@ class RankBins(Selector):
         if not {0, 1}.issuperset(pattern):
             raise ConfigError(
                 "This checkpoint does not say which tokens its sites keep (a `token_pruner.sites.*.kept` tensor is missing "
-                "from its safetensors file, or damaged). Load a complete checkpoint."
+                f"from its safetensors file, or damaged). {INCOMPLETE}"
             )
         _, relative = relative_rank(importance, batch, protected)
         return self.kept[self.bin_of(relative)].bool() | protected
@@ -381,7 +386,7 @@ class Skim(Selector):
 
     def logits(self, states):
         """`(T, H)` hidden states -> `(T, 2)` logits of dropping and of keeping."""
-        logits = self.GAIN * self.net(states.to(self.net[1].weight.dtype)).float()
+        logits = self.GAIN * self.net(states.to(self.net[0].weight.dtype)).float()
         offset = self.offset_value()
         return logits if math.isinf(offset) else torch.stack([logits[:, 0], logits[:, 1] + self.offset], dim=1)
 
@@ -390,7 +395,7 @@ class Skim(Selector):
         if math.isnan(self.offset_value()):
             raise ConfigError(
                 "This checkpoint does not hold its token samplers (a `token_pruner.sites.*` tensor is missing from its "
-                "safetensors file). Load a complete checkpoint."
+                f"safetensors file). {INCOMPLETE}"
             )
         logits = self.logits(states)
         stays = ~(logits[:, 1] <= logits[:, 0]) | protected  # where they are NaN, nothing is dropped

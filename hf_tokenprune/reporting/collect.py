@@ -12,6 +12,7 @@ from torch import nn
 
 from ..cost import Cost, CostMeter, dense_layer_shapes, trace_macs
 from ..depth import Grid, Token, legend
+from ..modeling.architectures import transformers_model
 from ..modeling.modeling_token_pruned import pack
 from ..modeling.shapes import shape_map
 from ..modeling.sizes import sizes_of
@@ -145,7 +146,7 @@ def report(
     folder = None if isinstance(folder_or_model, nn.Module) else Path(folder_or_model)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     runs = read_results(results)
-    model = copy_of(folder_or_model, share_weights=True) if folder is None else open_model(folder)
+    model = copy_of(transformers_model(folder_or_model), share_weights=True) if folder is None else open_model(folder)
     log = find_log(folder, log_history, runs)
     model = pack(model.eval())
     if model.main_input_name == "pixel_values":
