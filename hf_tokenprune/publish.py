@@ -13,9 +13,21 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from .errors import ConfigError
-from .model_card import DATA, FILE, PLOT, SECTION, code_of, draw, make_card, name_of, read_folder, sentence_class_of
+from .model_card import (
+    DATA,
+    FILE,
+    PLOT,
+    SECTION,
+    code_of,
+    draw,
+    fingerprint,
+    make_card,
+    name_of,
+    read_folder,
+    sentence_class_of,
+)
 from .readme import BY_TRANSFORMERS, is_changed, is_edited, lines_of, update
-from .results import read_results
+from .results import joined, read_results
 from .writing import write_file
 
 # What a checkpoint needs to be resumed, pickles, caches and whatever is hidden stay at home.
@@ -23,6 +35,7 @@ LEFT_OUT = [
     "_*", ".*", "*/.*", "*/_*", "checkpoint-*", "runs/*", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "*.bin",
     "trainer_state.json", "global_step*", "latest", "zero_to_fp32.py",
 ]  # fmt: skip
+PUSHED = "_pushed.json"  # in the folder: by repository and branch, the fingerprint of the README.md pushed last
 WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -98,9 +111,10 @@ def push(
             raise ConfigError("There is no token to log in to the Hub with. Run `hf auth login`, or set HF_TOKEN.")
         online.prepare()
     there = None if dry_run else online.card()
-    theirs = there is not None and _is_kept(there, local, repo_id)
+    pushed, place = _pushed(folder), f"{repo_id}@{revision or 'main'}"
+    theirs = there is not None and _is_kept(there, local, repo_id, pushed.get(place))
     current = there if theirs else local
-    evaluation = {**(before if isinstance(before, dict) else {}), **evaluation}
+    evaluation = joined(before if isinstance(before, dict) else {}, evaluation)
     picture = draw(evaluation)
     known = {**_data(local), **_data(there)} if theirs else {**_data(there), **_data(local)}
     card = make_card(
@@ -123,6 +137,9 @@ def push(
             for name in (FILE, PLOT) if picture else (FILE,):
                 write_file(folder / name, contents[name])
         url = online.commit(contents)
+        if os.access(folder, os.W_OK):
+            now, here = text or current, _text(folder / FILE)
+            write_file(folder / PUSHED, json.dumps({**pushed, place: fingerprint(now) if here == now else None}) + "\n")
     return Publication(repo_id, sizes, text or current, text is None, url)
 
 
@@ -131,24 +148,37 @@ def _is_ours(text):
     return SECTION.search(text) is not None and not is_edited(text)
 
 
-def _is_kept(there, local, repo_id):
+def _pushed(folder):
+    try:
+        found = json.loads((folder / PUSHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_kept(there, local, repo_id, pushed=None):
     """Does the README.md on the Hub stay, rather than the local one? What a person has written is not to be lost, at either place.
+
+    Args:
+        pushed: fingerprint of what lay at both when this folder was pushed there last, None if that is not known.
 
     Raises:
         ConfigError: each of them says what the other does not.
     """
-    if local is None:
+    if local is None or fingerprint(local) == pushed:
         return True
     if BY_TRANSFORMERS in there or _is_ours(there):
         return False
-    since = SECTION.search(there) is not None and is_changed(there)  # since the last push, for certain
+    # Was it edited there since the last push? Where nobody can tell, it may have been.
+    since = is_changed(there) if pushed is None else fingerprint(there) != pushed
     if is_changed(local) and not since:
         return False  # also where lines were taken out here
     if not is_edited(local) or lines_of(local) <= lines_of(there):
         return True
     if since and not lines_of(there) <= lines_of(local):
         raise ConfigError(
-            f"README.md has been edited both here and in {repo_id}, and each has lines that the other lacks. Put them together here, "
+            f"README.md has been edited both here and in {repo_id}, as far as can be told, and each has lines that the other lacks. "
+            "Put them together here, "
             "so that no line of the one on the Hub is missing, or copy that one here; then push again."
         )
     return False

@@ -13,6 +13,7 @@ from pathlib import Path
 from .errors import ConfigError
 
 NO_SCORES = {"loss", "runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time"}
+COUNTS = ("reduction", "max_length", "tokens", "kept")
 OURS = ("macs_realised", "tokens_after_")
 
 
@@ -58,6 +59,19 @@ def read_results(files: Sequence, settings: Mapping | None = None) -> dict:
         pruned = {name: dense[name] for name in ("task", "split", "metric")}
     merged = {**timed, **pruned, **({"latency": timed["latency"]} if timed else {})}
     return {**merged, **({"dense_score": dense["score"]} if dense else {})}
+
+
+def joined(before: Mapping, measured: Mapping) -> dict:
+    """An evaluation, and what was measured later. A bench has no score, and counts on texts of its own: where a score is known, what
+    was counted with it stays.
+
+    Example:
+        >>> joined({"score": 0.9, "reduction": {"true_length": 2.5}}, {"reduction": {"true_length": 1.9}, "latency": {}})
+        {'score': 0.9, 'reduction': {'true_length': 2.5}, 'latency': {}}
+    """
+    if "score" in before and "reduction" in before and "score" not in measured:
+        measured = {name: value for name, value in measured.items() if name not in COUNTS}
+    return {**before, **measured}
 
 
 def evaluation_of_log(

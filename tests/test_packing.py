@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 import hf_tokenprune as tp
-from hf_tokenprune.modeling.calls import Forward
+from hf_tokenprune.modeling.calls import Forward, LayerCall
 from hf_tokenprune.modeling.packing import PackedBatch
 
 TEXT = [name for name in TEXTS if "ForTokenClassification" in FAMILIES[name].heads]
@@ -535,6 +535,14 @@ def test_texts_that_come_in_one_row_are_refused():
     with pytest.raises(tp.errors.UnsupportedInputError, match="begin anew"):
         causal(input_ids=ids, position_ids=places)
     causal(input_ids=ids, position_ids=torch.arange(12)[None])
+
+
+def test_a_model_that_lies_on_several_devices_is_refused():
+    """The first CUDA error of `device_map="auto"` would say nothing."""
+    states = torch.zeros(1, 4, 3, 8, device="meta")
+    call = LayerCall(None, 2, PackedBatch.from_mask(None, batch_size=1, seq_len=3, device="cpu"), states, [3])
+    with pytest.raises(tp.errors.UnsupportedInputError, match="Layer 2 is on meta, the first on cpu"):
+        call.attend(states, states, states, 0.0, None, None, False)
 
 
 def test_distances_that_all_texts_share_are_there_once():

@@ -72,6 +72,14 @@ api.create_repo("user/edited")
 api.upload_file(repo_id="user/edited", path_in_repo="README.md", path_or_fileobj=text.encode())
 run("edited", "writer", saved, "user/edited")
 
+mine = shutil.copytree(saved, root / "mine")
+for number, words in enumerate(("# Mine\\n\\nGood.\\n", "# Mine\\n\\nBetter.\\n")):
+    (mine / "README.md").write_text(words)
+    run(f"mine {number}", "writer", mine, "user/mine")
+api.upload_file(repo_id="user/mine", path_in_repo="README.md", path_or_fileobj=b"# Mine\\n\\nBest.\\n")
+(mine / "README.md").write_text("# Mine\\n\\nBetter.\\n\\nMuch.\\n")
+run("mine 2", "writer", mine, "user/mine")
+
 model = tp.from_pretrained(saved)
 model.push_to_hub("user/model", token="writer")
 
@@ -199,7 +207,7 @@ def test_one_commit_holds_the_whole_folder(story):
     (sha, files), *_ = repository.branches["main"]
     assert sha in report["out"].splitlines()[-1]
     assert set(files) == {"README.md", "config.json", "model.safetensors", "tokens_per_layer.png", *CODE}
-    assert reports["changed"] == ["README.md", "tokens_per_layer.png"]
+    assert reports["changed"] == ["README.md", "_pushed.json", "tokens_per_layer.png"]
 
 
 def test_the_card_on_the_hub_says_what_was_measured(story):
@@ -252,6 +260,14 @@ def test_a_card_that_was_written_on_the_hub_stays(story):
     assert "model.safetensors" in hub.files("user/edited")
 
 
+def test_a_card_that_was_written_by_hand_is_edited_here_until_somebody_edits_it_there(story):
+    hub, reports = story
+    assert [reports["reports"][f"mine {number}"]["status"] for number in range(3)] == [0, 0, 1]
+    texts = [files["README.md"] for _, files in hub.repositories["user/mine"].branches["main"] if "README.md" in files]
+    assert texts == [b"# Mine\n\nGood.\n", b"# Mine\n\nBetter.\n", b"# Mine\n\nBest.\n"]
+    assert not any("_pushed.json" in files for _, files in hub.repositories["user/mine"].branches["main"])
+
+
 @pytest.mark.parametrize("name", ["here", "there"])
 def test_a_trainers_card_that_a_person_has_edited_keeps_the_words(story, name):
     """Wherever it was edited; and what is measured later still gets into our section."""
@@ -289,8 +305,9 @@ def test_what_a_person_has_written_is_kept_at_either_place():
         (plain, None): there, (plain, plain): here, (plain, one): here, (plain, unknown): here, (one, plain): there,
         (one, unknown): there, (unknown, plain): there, (unknown, one): here, (one, one): there, (both, one): there,
         (one, both): here, (both, sealed): there, (one, other): None, (other, sealed): None, (sealed, other): here,
-        ("# Mine\n", plain): there, ("# Mine\n", one): here, (plain, "# Mine\n"): here,
-        ("# Mine\nMore.\n", "# Mine\n"): here, (sealed, sealed.replace("One.\n", "")): here, (sealed, one): here,
+        ("# Mine\n", plain): there, ("# Mine\n", one): None, (plain, "# Mine\n"): here,
+        ("# Mine\nMore.\n", "# Mine\n"): there, ("# Mine\nMore.\n", "# Mine\nLess.\n"): None,
+        (sealed, sealed.replace("One.\n", "")): here, (sealed, one): here,
     }  # fmt: skip
     for (hub, local), expected in table.items():
         if expected is None:
@@ -298,6 +315,18 @@ def test_what_a_person_has_written_is_kept_at_either_place():
                 _is_kept(hub, local, "user/name")
         else:
             assert _is_kept(hub, local, "user/name") is expected, (hub, local)
+    # What lay at both when it was pushed last: then it is known who has changed it.
+    mine, longer, shorter = "# Mine\n\nA.\n", "# Mine\n\nA.\n\nB.\n", "# Mine\n"
+    known = {
+        (mine, mine): there, (mine, longer): here, (mine, shorter): here, (longer, mine): there, (shorter, mine): there,
+        (longer, "# Mine\n\nA.\n\nC.\n"): None,
+    }  # fmt: skip
+    for (hub, local), expected in known.items():
+        if expected is None:
+            with pytest.raises(tp.errors.ConfigError, match="edited both here and in user/name"):
+                _is_kept(hub, local, "user/name", fingerprint(mine))
+        else:
+            assert _is_kept(hub, local, "user/name", fingerprint(mine)) is expected, (hub, local)
 
 
 def test_a_trainers_card_becomes_a_persons_only_by_an_edit(tmp_path):

@@ -453,3 +453,20 @@ def test_weighted_softmax_with_a_key_far_above_all_others_has_a_finite_gradient(
     assert scores.grad.isfinite().all()
     assert weight.grad.isfinite().all()
     assert weight.grad[0, 0] != 0
+
+
+def test_a_quantised_sampler_reads_hidden_states_as_its_norm_does():
+    """bitsandbytes puts weights of whole numbers in the place of those of each Linear."""
+
+    class Quantised(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.weight = inner, torch.zeros(1, dtype=torch.int8)
+
+        def forward(self, states):
+            return self.inner(states)
+
+    skim, states = sampler(0), torch.randn(7, 32)
+    expected = skim.logits(states)
+    skim.net[1] = Quantised(skim.net[1])
+    assert torch.equal(skim.logits(states), expected)

@@ -294,7 +294,7 @@ def reads_only_pooled(family, model, encoder):
     head = getattr(type(model), "_dense_class", type(model))
     layers = {id(module) for layer in get_layers(family, encoder) for module in layer.modules()}
     parts = [part for name, part in model.named_modules() if id(part) not in layers and not name.startswith("token_pruner")]
-    known = ("transformers", "torch", "peft", "bitsandbytes")
+    known = ("transformers", "torch", "peft", "bitsandbytes", __name__.partition(".")[0])
     if any(type(part).__module__.partition(".")[0] not in known for part in parts if not hasattr(type(part), "_dense_class")):
         return False
     return head.__module__.startswith("transformers.") and head.__name__.endswith(family.pooled_heads)
