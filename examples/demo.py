@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import load_dataset
+from datasets import ClassLabel, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import hf_tokenprune as tp
@@ -80,8 +80,14 @@ def load(args):
         data, split = docstrings.load(), args.eval_split or "test"
     else:
         data = load_dataset(args.dataset, args.config)
+        if getattr(data["train"].features[args.label], "dtype", None) in ("string", "large_string"):
+            data = data.cast_column(args.label, ClassLabel(names=sorted(data["train"].unique(args.label))))
         labelled = [name for name in ("test", "validation") if name in data and min(data[name][args.label]) >= 0]
-        split = args.eval_split or (labelled or ["validation"])[0]
+        if not labelled and args.eval_split is None:
+            data = data["train"].train_test_split(0.2, seed=args.seed)
+        split = args.eval_split or (labelled or ["test"])[0]
+        if split not in data:
+            raise SystemExit(f"{args.dataset} has no split {split!r} to evaluate on; it has: {', '.join(data)}.")
     train = data["train"].shuffle(seed=args.seed)
     evaluation = data[split].shuffle(seed=args.seed)
     return (

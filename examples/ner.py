@@ -1,7 +1,7 @@
 """Token classification that drops tokens: every token still gets its label, a dropped one from the state it left with.
 
 python examples/ner.py                                                # tiny and offline
-python examples/ner.py --model bert-base-cased --data eriktks/conll2003 --test validation
+python examples/ner.py --model bert-base-cased --data lhoestq/conll2003 --test validation
 """
 
 import tiny

@@ -28,6 +28,7 @@ from .subject import (
     are_pairs,
     check_length,
     check_numbers,
+    check_pads,
     check_reads_text,
     contenders,
     copy_of,
@@ -104,6 +105,7 @@ def bench(
         if isinstance(folder_or_model, nn.Module):
             raise ConfigError("A model in memory needs its tokenizer: bench(model, texts, tokenizer=tokenizer).")
         tokenizer = open_tokenizer(folder_or_model)
+    check_pads(tokenizer)
     model = model.to(device=device, dtype=getattr(torch, dtype) if dtype else None).eval()
     max_length = check_length(max_length, model, tokenizer, pairs)
     models = contenders(model)

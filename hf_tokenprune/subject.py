@@ -110,7 +110,8 @@ def are_pairs(texts):
         return False
     if all(isinstance(text, (tuple, list)) and [type(part) for part in text] == [str, str] for text in texts):
         return True
-    raise ConfigError("texts must be strings or pairs of strings, all of one kind.")
+    kinds = ", ".join(sorted({type(text).__name__ for text in texts}))
+    raise ConfigError(f"texts must be strings or pairs of strings, all of one kind; these are of type {kinds}.")
 
 
 def check_reads_text(model):
@@ -162,6 +163,16 @@ def open_tokenizer(folder):
     names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((Path(folder) / name).exists() for name in names):
         raise ConfigError(advice)
+    return check_pads(tokenizer)
+
+
+def check_pads(tokenizer):
+    """Raise `ConfigError` unless texts can be put into batches with this tokenizer, and return it."""
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            f"This {type(tokenizer).__name__} has no padding token, so that texts of unlike lengths cannot come together. Give it the "
+            "one that the model was trained with (tokenizer.pad_token = tokenizer.eos_token, often) and save it beside the model."
+        )
     return tokenizer
 
 

@@ -317,6 +317,11 @@ def test_wrong_calls_say_why():
         bench(model, SENTENCES, tokenizer=tokenizer, dtype="int3")
     with pytest.raises(tp.errors.ConfigError, match="nothing"):
         bench(model, SENTENCES, tokenizer=tokenizer, batch_sizes=[])
+    padless = make_tokenizer()
+    padless.pad_token = None
+    for look in (bench, tp.report):
+        with pytest.raises(tp.errors.ConfigError, match="has no padding token"):
+            look(model, SENTENCES, tokenizer=padless)
     with pytest.raises(tp.errors.UnsupportedModelError, match="pixel_values"):
         bench(build("vit", "Model"), SENTENCES, tokenizer=tokenizer)
 

@@ -1,5 +1,6 @@
 """Every example runs, offline and in seconds, and what it saves opens and drops tokens."""
 
+import argparse
 import json
 import os
 import re
@@ -113,3 +114,22 @@ def test_two_processes_share_the_steps(tmp_path):
     assert "16/16" in done.stderr  # of 256 samples, 8 at a time in each process
     assert len(re.findall(r"accuracy [\d.]+ at ([\d.]+) of", done.stdout)) == 2
     assert len(tp.from_pretrained(tmp_path / "out").token_pruner.sites) > 0
+
+
+@pytest.mark.usefixtures("run")
+def test_the_demo_reads_a_folder_as_people_have_it(tmp_path):
+    """Labels in words, and nothing but texts to train on."""
+    rows = "".join(f"text {number},{('bad', 'good')[number % 2]}\n" for number in range(50))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "all.csv").write_text("text,label\n" + rows)
+    demo = runpy.run_path(str(FOLDER / "demo.py"))
+    args = argparse.Namespace(
+        dataset=str(folder), config=None, label="label", eval_split=None, seed=0, train_texts=99, eval_texts=99
+    )
+    train, evaluation = demo["load"](args)
+    assert (len(train), len(evaluation)) == (40, 10)
+    assert train.features["label"].names == evaluation.features["label"].names == ["bad", "good"]
+    args.eval_split = "dev"
+    with pytest.raises(SystemExit, match="no split 'dev' to evaluate on; it has: train"):
+        demo["load"](args)

@@ -3,8 +3,8 @@
 Three ways, all trained by the same callback:
 
 * `TokenPruneCallback` on a `PeftModel`: the adapter learns the task, and which tokens can go. Its folder carries both.
-* `get_peft_model(model, TokenPruneConfig(target_macs=0.4))`: a pruning adapter. The model stays as it is, only gates learn; what
-  is published is a few kilobytes that make an existing fine-tuned model faster.
+* `get_peft_model(model, TokenPruneConfig(target_macs=0.4))`: a pruning adapter. The model stays as it is, only selectors learn; what
+  is published are some 100 KB that make an existing fine-tuned model faster.
 * `get_peft_model` on a model that was attached before: the base drops tokens, the adapter is an ordinary one.
 
 An adapter folder of the first two kinds is of a PEFT type of its own ("TOKEN_PRUNE", "TOKEN_PRUNE_LORA", ...), which this package
@@ -148,7 +148,8 @@ class PruningTuner:
 class TokenPruneConfig(PeftConfig):
     """A pruning adapter: which tokens an existing fine-tuned model drops, and nothing else.
 
-    The model and its head stay as they are; the callback trains gates alone, against the model's own outputs and the task. A head
+    The model and its head stay as they are; the callback trains gates, and what importance is learned by, against the model's own
+    outputs and the task. That is 136 KB for BERT-base, or less than one with `settings={"importance": "attention"}`. A head
     is trained, and saved, with it if a `task_type` is given, as PEFT does for every adapter.
 
     Args:

@@ -6,7 +6,7 @@ from transformers import AutoImageProcessor, DataCollatorWithPadding
 
 from ..depth import BATCH, image_depths, text_depths
 from ..errors import ConfigError
-from ..subject import are_pairs, check_length, check_reads_text, open_tokenizer, tokenise
+from ..subject import are_pairs, check_length, check_pads, check_reads_text, open_tokenizer, tokenise
 
 
 class Texts:
@@ -19,7 +19,7 @@ class Texts:
             tokenizer = open_tokenizer(tokenizer)
         if tokenizer is None:
             raise ConfigError("A model in memory needs its tokenizer: report(model, texts, tokenizer=tokenizer).")
-        self.model, self.texts, self.tokenizer = model, list(texts), tokenizer
+        self.model, self.texts, self.tokenizer = model, list(texts), check_pads(tokenizer)
         self.max_length = check_length(max_length, model, tokenizer, pairs)
         self.timed = tokenise(tokenizer, self.texts[:BATCH], pairs, self.max_length)
 
@@ -39,7 +39,7 @@ class Images:
 
     def __init__(self, model, images, processor):
         if not len(images) or any(isinstance(image, (str, tuple, list)) for image in images):
-            raise ConfigError(f"{type(model).__name__} reads images: pass a list of PIL images.")
+            raise ConfigError(f"{type(model).__name__} reads images: pass a list of PIL images (on the command line --images).")
         if isinstance(processor, (str, Path)):
             processor = _open_processor(processor)
         if processor is None:
