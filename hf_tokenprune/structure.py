@@ -34,6 +34,7 @@ class Layout:
 
     Attributes:
         size: number of gates.
+        blocks: of attention and FFNs, how many the model has.
         parts: where gates stand, by part: `"hidden"`, or `("heads", layer)`, `("units", layer)`, `("attention", layer)` and
             `("ffn", layer)` for the two blocks of a layer. A slice each.
 
@@ -44,6 +45,7 @@ class Layout:
     def __init__(self, model, parts=PARTS):
         self.hidden, self.heads, self.units = sizes_of(model)
         self.parts, self.size = {}, 0
+        self.blocks = sum(bool(count) for count in (*self.heads, *self.units))
         if "hidden" in parts:
             self._add("hidden", self.hidden)
         for layer, (heads, units) in enumerate(zip(self.heads, self.units, strict=True)):

@@ -170,8 +170,8 @@ def check_pads(tokenizer):
     """Raise `ConfigError` unless texts can be put into batches with this tokenizer, and return it."""
     if tokenizer.pad_token is None:
         raise ConfigError(
-            f"This {type(tokenizer).__name__} has no padding token, so that texts of unlike lengths cannot come together. Give it the "
-            "one that the model was trained with (tokenizer.pad_token = tokenizer.eos_token, often) and save it beside the model."
+            f"This {type(tokenizer).__name__} has no padding token, so that texts of unlike lengths cannot come together. Give it "
+            "the one that the model was trained with (tokenizer.pad_token = tokenizer.eos_token, often) and save it beside the model."
         )
     return tokenizer
 

@@ -223,3 +223,19 @@ def test_the_share_of_parameters_is_what_the_cut_model_has():
         hidden, heads, units = part.layout.left(kept)
         operate(model, hidden=hidden, heads=heads, units=units)
         assert layers_left(model) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [("blocks",), ("blocks", "heads", "units"), None])
+@pytest.mark.parametrize("head", [HEAD, "ForTokenClassification"])
+def test_something_is_left_whatever_is_asked_for(parts, head, caplog):
+    """Not even one block fits into a millionth; that is said while annealing, rather than at its end that nothing would be left."""
+    model, gates = gated(weights(target_macs=1e-6, parts=parts), head=head)
+    randomise(gates, 1.0)
+    objective = model.token_pruner.objective
+    objective.moment = Moment("anneal", 1.0)
+    objective.harden()
+    assert "cannot be reached" in caplog.text
+    hidden, heads, units = model.token_pruner.structure.layout.left(model.token_pruner.structure.hard)
+    assert sum(bool(len(some)) for some in (*heads, *units)) == 1
+    operate(model, **dict(zip(("hidden", "heads", "units"), (hidden, heads, units), strict=True)))
+    assert model.eval()(**make_inputs("bert", head)).logits.isfinite().all()

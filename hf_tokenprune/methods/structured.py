@@ -165,7 +165,7 @@ class WeightGates(Part):
 
     def choose(self, scores, level):
         """What is kept, made whole: large groups (hidden units, a layer's FFN units) are filled up to a multiple of 16; a block
-        without a single head or unit is gone, one that cannot go keeps one, and so do hidden units."""
+        without a single head or unit is gone, one that cannot go keeps one, and so do hidden units and the whole model."""
         kept, parts = scores >= level, self.layout.parts
         for name, where in parts.items():
             if name == "hidden" or name[0] == "units":
@@ -184,7 +184,20 @@ class WeightGates(Part):
                     kept[parts[block, layer]] = False
                 else:
                     kept[where] = self._top(scores[where], 1)
+        self._keep_one_block(kept, scores)
         return kept
+
+    def _keep_one_block(self, kept, scores):
+        """Without any block there is no model. The last to go stays, with the best of its heads or units."""
+        parts = self.layout.parts
+        blocks = [name for name in parts if name[0] in ("attention", "ffn")]
+        if len(blocks) < self.layout.blocks or any(kept[parts[name]].any() for name in blocks):
+            return
+        within = {name: parts.get(({"attention": "heads", "ffn": "units"}[name[0]], name[1])) for name in blocks}
+        last = max(blocks, key=lambda name: min(scores[where].max().item() for where in (parts[name], within[name]) if where))
+        for where in (parts[last], within[last]):
+            if where:
+                kept[where] |= self._top(scores[where], 1)
 
     @staticmethod
     def _top(scores, count):
