@@ -364,7 +364,9 @@ def resize(model, *, heads, units, hidden=None, on_cut=None):
 def pack(model):
     """Let a model compute on real tokens only, in place: same outputs, no training, no work on padding.
 
-    Where the head reads nothing but the pooled token, the last layer computes only that one.
+    Where the head reads nothing but the pooled token, the last layer computes only that one. What is said of padding is another
+    matter: its hidden states are 0, and a head for question answering gives it logits of -10,000, so that no answer begins there and
+    none is lost to it in the loss.
 
     Args:
         model: a transformers encoder of a supported family, with any head, or something that has one in it. A model that is packed
