@@ -27,6 +27,8 @@ READERS = {
     "distilbert": "attention.out_lin",
     "modernbert": "attn.Wo",
     "qwen3": "self_attn.o_proj",
+    "mpnet": "attention.attn.o",  # in MPNet what this makes of it is what attention gives
+    "deberta-v2": "attention.output.dense",
 }
 CASES = [
     *((name, "ForTokenClassification") for name in READERS), ("bert", "ForQuestionAnswering"), ("bert", HEAD), ("bert", "Model"),
@@ -65,7 +67,9 @@ class LearnedReference(Reference):
         super().__init__(model, {layer: Rule(bins(PATTERN), SUMMARY[name]) for layer in selectors}, causal=SUMMARY[name] < 0)
         self.selectors = selectors
         for path in reader_paths(model, name):
-            model.get_submodule(path).register_forward_pre_hook(lambda _, args: setattr(self, "context", args[0]))
+            model.get_submodule(path).register_forward_hook(
+                lambda _, args, output: setattr(self, "context", output if name == "mpnet" else args[0])
+            )
 
     def _received(self, row, living):
         scorer = self.selectors[self.number].scorer
@@ -238,14 +242,24 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(tmp_path, step):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("layer_weight", [0.0, 1.0])
-def test_activation_checkpointing_changes_nothing(tmp_path, layer_weight):
+@pytest.mark.parametrize("name", ["mpnet", "deberta-v2"])
+def test_families_that_compute_attention_themselves_learn_it_too(tmp_path, name):
+    torch.manual_seed(0)
+    model = build(name, HEAD, **no_dropout(name))
+    trainer = trained(tmp_path, model=model, max_steps=60, per_device_train_batch_size=16, logging_steps=5, data=Texts(320))
+    losses = [entry["importance"] for entry in trainer.state.log_history if "importance" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    assert spent_share(trainer.model, Texts(64, seed=2)) < 0.53
+
+
+@pytest.mark.parametrize(("name", "layer_weight"), [("bert", 0.0), ("bert", 1.0), ("deberta-v2", 1.0)])
+def test_activation_checkpointing_changes_nothing(tmp_path, name, layer_weight):
     states = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         asked = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
         settings = {"layer_weight": layer_weight, "gate_lr": 2.0}
-        model = build("bert", HEAD)
+        model = build(name, HEAD)
         states.append(trained(tmp_path, settings=settings, model=model, **(asked if checkpointing else {})).model.state_dict())
     assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
 
@@ -313,13 +327,13 @@ def test_wrong_settings_are_refused(settings, why):
 
 def test_by_default_it_is_learned_where_it_can_be():
     sites = {}
-    for name, settings in (("bert", {}), ("bert", {"teacher": None}), ("bert", {"rank_weight": 0.1}), ("mpnet", {})):
+    for name, settings in (("bert", {}), ("bert", {"teacher": None}), ("bert", {"rank_weight": 0.1}), ("deberta-v2", {})):
         model = build(name, HEAD)
         tp.ToP(target_macs=0.4, **settings).attach(model)
         sites[name, *settings] = {int(layer): site.scorer is not None for layer, site in model.token_pruner.sites.items()}
-    learned, others = sites.pop(("bert",)), list(sites.values())
-    assert learned == dict.fromkeys(range(DEPTH - 1), True)
-    assert others == [dict.fromkeys(range(1, DEPTH - 1), False)] * 3
+    learned, others = [sites.pop((name,)) for name in ("bert", "deberta-v2")], list(sites.values())
+    assert learned == [dict.fromkeys(range(DEPTH - 1), True)] * 2
+    assert others == [dict.fromkeys(range(1, DEPTH - 1), False)] * 2
 
 
 def test_where_it_is_not_there_it_is_refused():
@@ -329,10 +343,6 @@ def test_where_it_is_not_there_it_is_refused():
         tp.Compose(tp.StructuredPruning(), tp.ToP(neighbours=3), target_macs=0.4, teacher=None)
     with pytest.raises(tp.errors.ConfigError, match="importance_weight"):
         tp.ToP(target_macs=0.5, rank_weight=0.1, importance_weight=2.0).attach(build("bert", HEAD))
-    with pytest.raises(tp.errors.ConfigError, match="learned"):
-        tp.TokenPruneCallback(learning()).attach(build("mpnet", HEAD))
-    with pytest.raises(tp.errors.ConfigError, match="neighbours"):
-        tp.TokenPruneCallback(tp.ToP(target_macs=0.5, neighbours=2)).attach(build("mpnet", HEAD))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from ..cost import layer_shapes
 from ..errors import ConfigError
 from ..gates import log_alpha_for
 from ..losses import ranking_distillation
-from ..modeling.architectures import find_encoder
 from ..modeling.modeling_token_pruned import attach, is_token_pruned, make_config
 from ..modeling.pruner import TokenPruner
 from ..modeling.selection import RankBins, relative_rank
@@ -61,8 +60,8 @@ class ToP(GatedMethod):
         rank_topk: how many of the teacher's most important tokens the ranking loss looks at.
         rank_weight: weight of the ranking loss at the start; it falls to 1 % of this over the annealing. 0 = none.
         importance: what tokens are ranked by: "attention", the attention they receive (the paper's), or "learned", what a small
-            scorer says. None = learned, where there is a teacher to learn it from, no `rank_weight`, and the family's attention is
-            not its own affair; or what it is already in a model that ToP has pruned before.
+            scorer says. None = learned, where there is a teacher to learn it from and no `rank_weight`; or what it is already in
+            a model that ToP has pruned before.
         importance_weight: weight of the loss that teaches a learned importance.
         neighbours: how many tokens to either side a learned importance reads, besides the one it is of: what matters lies together.
             None = 16, or as many as in a model that ToP has pruned before.
@@ -152,7 +151,7 @@ class ToP(GatedMethod):
         site = _pruned_before(model)
         if site is not None:  # it goes on as it was pruned
             return site.scorer is not None
-        return self.teacher is not None and not self.rank_weight and not find_encoder(model)[0].probabilities
+        return self.teacher is not None and not self.rank_weight
 
     def bins(self, model, sites, in_order):
         """The gates at the sites."""
@@ -200,12 +199,9 @@ class ToP(GatedMethod):
                 if getattr(self, name) != getattr(type(self), name):
                     self.refuse(
                         name,
-                        "for a learned importance only, which there is not here: it wants a teacher, no rank_weight, and another "
-                        "family than MPNet or DeBERTa",
+                        "for a learned importance only, which there is not here: it wants a teacher and no rank_weight",
                     )
             return {}
-        if probe.family.probabilities:
-            raise ConfigError(f'ToP(importance="learned") is not there for {type(model).__name__}: use "attention".')
         return {"hidden": probe.hidden_size, "width": layer_shapes(model)[site].attention // 2, "near": self._near(model)}
 
     def _near(self, model):

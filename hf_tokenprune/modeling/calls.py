@@ -65,6 +65,8 @@ class LayerCall:
         rows: `(K,)` the tokens that stay, known once attention has run; None = all, who are then in `everyone` if gated.
         survivors: the tokens that leave the layer on its normal way.
         importance: `(T,)` attention received, at a site and in a watched layer; or what the site makes of it.
+        received: `(T,)` the attention received, between the moment it is known and that at which survivors are chosen, where these
+            are two.
         left: `(1, T, H)` hidden states of the survivors after the layer, if the pruner is to remember them.
     """
 
@@ -85,6 +87,7 @@ class LayerCall:
     survivors: PackedBatch | None = None
     everyone: torch.Tensor | None = None
     importance: torch.Tensor | None = None
+    received: torch.Tensor | None = None
     left: torch.Tensor | None = None
 
     @property
@@ -121,7 +124,7 @@ class LayerCall:
 
         Args:
             importance: `(T,)` the attention received, or None where nobody needs it.
-            context: `(1, T, heads, head_dim)` what it has brought together for each token; a scorer reads it.
+            context: `(1, T, heads, head_dim)` or `(1, T, width)` what it has brought together for each token; a scorer reads it.
         """
         if self.scorer is not None:
             importance = self.scorer(importance, self.batch, self.entered[0], context[0].flatten(1))

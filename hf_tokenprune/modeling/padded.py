@@ -3,6 +3,7 @@
 Between its layers such a model is packed like any other. Its attention module gets each sequence padded to the longest one that is
 left, with the relative positions of these very tokens; what it gives is packed again. The module of the family that is
 called on the attention's probabilities (a dropout) tells how much attention each token receives, and lets tokens count for less.
+Survivors are chosen once the module has run, when it is known what attention has brought to each token.
 """
 
 from inspect import signature
@@ -78,7 +79,7 @@ def before_attention(module, args, kwargs):
 
 @torch.compiler.disable
 def on_probabilities(module, args):
-    """A pre-hook of what is called on `(sequences, heads, queries, keys)`: let tokens count for less, and choose the survivors."""
+    """A pre-hook of what is called on `(sequences, heads, queries, keys)`: let tokens count for less, and see what they receive."""
     call, shares = active.call, args[0]
     batch = call.batch
     weight = None
@@ -92,11 +93,14 @@ def on_probabilities(module, args):
         asking = spread(batch, shares.new_ones(1, batch.total, dtype=torch.float32)) if weight is None else weight.float()
         received = (shares.float() * asking[:, None, :, None]).sum(2).mean(1)
         importance = collect(batch, received)[0] / batch.lengths_by_token
-    call.decide(importance)
+    call.received = importance
     return (shares, *args[1:])
 
 
 @torch.compiler.disable
 def after_attention(module, args, kwargs, output):
-    """A hook: pack what the attention gives."""
-    return (collect(active.call.batch, output[0]), *output[1:])
+    """A hook: pack what the attention gives, and choose the survivors."""
+    call = active.call
+    context = collect(call.batch, output[0])
+    call.decide(call.received, context)
+    return (context, *output[1:])
