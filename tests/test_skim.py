@@ -426,12 +426,28 @@ def test_weighted_softmax_of_weights_between_adds_their_logarithm():
     torch.testing.assert_close(weighted_softmax(scores, weight), (scores + weight.log()).softmax(-1))
 
 
-@pytest.mark.parametrize("weight", [[1.0, 1.0, 1.0, 1.0], [0.5, 1.0, 0.1, 0.9], [1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+@pytest.mark.parametrize("weight", [[1.0, 1.0, 1.0, 1.0], [0.5, 1.0, 0.1, 0.9], [1.0, 0.3, 1.0, 1.0]])
 def test_the_gradient_of_weighted_softmax(weight):
     scores = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([weight], dtype=torch.float64, requires_grad=True)
     # It computes in float32, hence the wide steps.
     assert torch.autograd.gradcheck(weighted_softmax, (scores, weight), eps=1e-2, atol=5e-3, rtol=5e-3)
+
+
+def test_the_gradient_of_a_weight_of_0_is_what_a_weight_of_1_would_change():
+    """However far above the others the key lies: that of [SEP], on which others rest, often does."""
+    scores, alive = 4 * torch.randn(2, 3, 6), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    scores[0, :, 1] += 40
+    weight = alive.repeat(2, 1, 1).requires_grad_()
+    values = torch.randn(2, 6, 5)
+    said = weighted_softmax(scores, weight) @ values
+    told = torch.randn_like(said)
+    (said * told).sum().backward()
+    for dead in (1, 3):
+        with torch.no_grad():
+            back = weighted_softmax(scores, alive.index_fill(0, torch.tensor([dead]), 1.0).expand(2, 1, 6)) @ values
+        # A query's share goes from 0 to s, and those of all others fall by the factor 1 - s.
+        torch.testing.assert_close(weight.grad[:, 0, dead], ((back - said) * told).sum((1, 2)).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_weighted_softmax_of_a_query_that_sees_no_key_that_counts():

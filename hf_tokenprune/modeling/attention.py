@@ -60,7 +60,11 @@ def for_every_head(shared, query):
 
 
 def weighted_softmax(scores, weight):
-    """Softmax in which each key counts `weight` times, with a finite gradient where that is 0.
+    """Softmax in which each key counts `weight` times.
+
+    The gradient with respect to a weight of 0 is what the share would be at a weight of 1. The derivative itself, which leaves that
+    key out of the sum, says the same of keys that would get little; of one that lies far above all that are left (a separator that
+    others rest on) it would say thousands, and nothing else would be heard in the step.
 
     Args:
         scores: `(..., queries, keys)`.
@@ -73,7 +77,12 @@ def weighted_softmax(scores, weight):
     nothing = float("-inf")
     top = scores.detach().masked_fill(weight == 0, nothing).amax(-1, keepdim=True)
     top = top.masked_fill(top == nothing, 0.0)  # a dropped token in a window of dropped tokens
-    counted = (scores - top).clamp(max=10).exp() * weight  # a key of weight 0 may lie far above all others
+    above = (scores - top).masked_fill(weight == 0, nothing).exp()
+    with torch.no_grad():
+        total = (above * weight).sum(-1, keepdim=True)
+        total = total + (total == 0)
+        at_one = total * (scores - top - total.log()).sigmoid()
+    counted = torch.where(weight == 0, at_one, above) * weight
     total = counted.sum(-1, keepdim=True)
     return counted / (total + (total == 0))
 
