@@ -44,7 +44,7 @@ from weights_helpers import (
 import hf_tokenprune as tp
 from hf_tokenprune.cost import dense_macs, trace_macs
 from hf_tokenprune.methods import infor_coef as module
-from hf_tokenprune.methods.layers import _table
+from hf_tokenprune.methods.layers import _tables
 from hf_tokenprune.modeling.packing import PackedBatch
 from hf_tokenprune.modeling.selection import Skim
 from hf_tokenprune.modeling.sizes import sizes_of
@@ -301,8 +301,8 @@ def test_tokens_that_a_sampler_has_dropped_are_not_distilled():
     batch = PackedBatch.from_mask(torch.tensor([[1, 1, 1], [1, 1, 0]]), batch_size=2, seq_len=3, device="cpu")
     alive = torch.tensor([True, False, True, True, False, False])
     weighted = batch.with_weights(alive[batch.index].float(), masked=True)
-    _, there = _table(SimpleNamespace(survivors=weighted, left=torch.zeros(1, 5, 4)))
-    assert torch.equal(there, alive)
+    _, (there,) = _tables([SimpleNamespace(survivors=weighted, left=torch.zeros(1, 5, 4))], batch)
+    assert torch.equal(there, alive[batch.index])
 
 
 # The optimizer, accumulation, checkpointing, precision

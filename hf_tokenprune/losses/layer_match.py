@@ -11,9 +11,9 @@ def layer_distances(student, teacher, there=None):
     Args:
         student: list of `(T, H)` hidden states, one per student layer, already transformed to the teacher's width.
         teacher: list of `(T, H)` hidden states of the same tokens, one per teacher layer to be matched; gets no gradient.
-        there: which tokens there are in which layer, where not all are in all: a pair of lists of `(T,)` bool, for the student's
-            layers and the teacher's. Only tokens that both layers of a pair have count in its distance. The other states may
-            hold anything finite.
+        there: which tokens there are in which layer, where not all are in all: a pair of lists of `(T,)` bool (or None for all), for
+            the student's layers and the teacher's. Only tokens that both layers of a pair have count in its distance. The other
+            states may hold anything finite.
 
     Returns:
         `(teacher layers, student layers)`, at least float32.
@@ -23,11 +23,23 @@ def layer_distances(student, teacher, there=None):
         >>> layer_distances(student, teacher)
         tensor([[1., 0., 4.]])
     """
-    student = [at_least_float32(states) for states in student]
-    rows = _common(there, len(student), len(teacher))
-    return torch.stack(
-        [torch.stack([_distance(s, t, rows(j, i)) for j, s in enumerate(student)]) for i, t in enumerate(teacher)]
-    )
+    mine, theirs = (torch.stack([at_least_float32(states) for states in layers]) for layers in (student, teacher))
+    theirs, (tokens, width) = theirs.detach(), mine.shape[1:]
+    masked = there is not None and any(mask is not None for masks in there for mask in masks)
+    if masked:
+        here, over = (
+            torch.stack([mine.new_ones(tokens) if mask is None else mask.to(mine.dtype) for mask in masks]) for masks in there
+        )
+        mine, theirs = mine * here[..., None], theirs * over[..., None]
+    # |s - t|^2 = |s|^2 + |t|^2 - 2 s t, the products of all pairs by one of matrices. In half precision they would not add up to it.
+    with torch.autocast(mine.device.type, enabled=False):
+        squares = [states.square().sum(2) for states in (mine, theirs)]
+        products = theirs.flatten(1) @ mine.flatten(1).T
+        if masked:
+            apart, count = over @ squares[0].T + squares[1] @ here.T - 2 * products, over @ here.T
+        else:
+            apart, count = squares[0].sum(1) + squares[1].sum(1)[:, None] - 2 * products, tokens
+    return (apart / (count * width)).clamp(min=0)
 
 
 def match_layers(distances, alive):
@@ -79,15 +91,17 @@ def layer_distillation(student, teacher, alive, there=None):
     """
     with torch.no_grad():
         match = match_layers(layer_distances(student, teacher, there), alive)
-    rows = _common(there, len(student), len(teacher))
-    pairs = zip(match.tolist(), teacher, strict=True)
-    return torch.stack([_distance(student[j], states, rows(j, i)) for i, (j, states) in enumerate(pairs)]).mean(), match
+    mine, theirs = ([None] * len(student), [None] * len(teacher)) if there is None else there
+    pairs = [
+        _distance(student[j], states, common(mine[j], over))
+        for j, states, over in zip(match.tolist(), teacher, theirs, strict=True)
+    ]
+    return torch.stack(pairs).mean(), match
 
 
-def _common(there, students, teachers):
-    """A function that says which tokens layer `j` of the student and layer `i` of the teacher have in common; None = all."""
-    mine, theirs = ([None] * students, [None] * teachers) if there is None else there
-    return lambda j, i: None if mine[j] is None else mine[j] & theirs[i]
+def common(here, there):
+    """`(T,)` bool: the tokens that both have; None = all."""
+    return there if here is None else here if there is None else here & there
 
 
 def mean_square(states, rows=None):

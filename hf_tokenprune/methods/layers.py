@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..losses import layer_distillation, mean_square
+from ..losses import common, layer_distillation, mean_square
 from .base import Helper
 
 logger = logging.get_logger(__name__)
@@ -43,20 +43,26 @@ class LayerDistillation(Helper):
     def losses(self, objective):
         if objective.taught is None or not self._fits(objective.teacher.token_pruner, objective.pruner):
             return {}
-        teacher, pruner = objective.teacher.token_pruner, objective.pruner
-        taught, learned = ([_table(call) for call in p.last_forward.calls] for p in (teacher, pruner))
-        size = torch.stack([mean_square(states, there) for states, there in taught]).mean()
+        pruner, everyone = objective.pruner, objective.teacher.token_pruner.last_forward.first
+        calls, matrix = pruner.last_forward.calls, self._matrix(pruner)
+        change = (lambda states: states) if matrix is None else (lambda states: states @ matrix.T.to(states.dtype))
+        taught, theirs = _tables(objective.teacher.token_pruner.last_forward.calls, everyone)
+        learned, mine = _tables(calls, everyone, change)
+        size = torch.stack([mean_square(*table) for table in zip(taught, theirs, strict=True)]).mean()
         if self.matched:
-            gates = None if pruner.structure is None else pruner.structure.hidden()
-            if gates is not None:  # before a norm, hidden units that are to go are still there
-                learned = [(states * gates, there) for states, there in learned]
-            student = [states @ self.state.transform.T.to(states.dtype) for states, _ in learned]
-            there = tuple([there for _, there in tables] for tables in (learned, taught))
-            loss, _ = layer_distillation(student, [states for states, _ in taught], self._alive(pruner), there)
+            loss, _ = layer_distillation(learned, taught, self._alive(pruner), (mine, theirs))
         else:
-            pairs = [(mine - theirs, here & there) for (mine, here), (theirs, there) in zip(learned, taught, strict=True)]
-            loss = torch.stack([mean_square(*pair) for pair in pairs]).mean()
+            pairs = zip(learned, mine, taught, theirs, strict=True)
+            loss = torch.stack([mean_square(a - b, common(here, there)) for a, here, b, there in pairs]).mean()
         return {"layer_distillation": self.weight * loss / size}
+
+    def _matrix(self, pruner):
+        """From the student's hidden units to the teacher's; None where they are the same."""
+        if not self.matched:
+            return None
+        gates = None if pruner.structure is None else pruner.structure.hidden()
+        # Before a norm, hidden units that are to go are still there.
+        return self.state.transform if gates is None else self.state.transform * gates
 
     def _fits(self, teacher, pruner):
         fits = teacher.hidden_size == self.width and (self.matched or teacher.layer_count == pruner.layer_count)
@@ -75,9 +81,25 @@ class LayerDistillation(Helper):
         return [bool(structure.layout.share(structure.hard, ("ffn", layer))) for layer in range(pruner.layer_count)]
 
 
-def _table(call):
-    """Hidden states after a layer as `(B * S, H)`, and which of these tokens there are."""
-    batch = call.survivors
-    there = torch.zeros(batch.batch_size * batch.seq_len, dtype=torch.bool, device=batch.index.device)
-    there[batch.index] = True if batch.weights is None else batch.weights > 0  # a sampler's dropped tokens wait, masked
-    return batch.unpack(call.left.float()).flatten(0, 1), there
+def _tables(calls, everyone, change=lambda states: states):
+    """Hidden states after each layer, and which tokens there are of each: lists of `(T, H)`, and of `(T,)` bool or None for all.
+
+    Args:
+        calls: the `LayerCall`s.
+        everyone: the batch of all real tokens, whose rows these are.
+        change: what to make of the states `(K, H)` of those that are left.
+    """
+    places = everyone.index.new_zeros(everyone.batch_size * everyone.seq_len)
+    places[everyone.index] = torch.arange(everyone.total, device=places.device)
+    found = [_table(call.survivors, change(call.left[0].float()), everyone.total, places) for call in calls]
+    return [states for states, _ in found], [there for _, there in found]
+
+
+def _table(batch, states, total, places):
+    alive = None if batch.weights is None else batch.weights > 0  # a sampler's dropped tokens wait, masked
+    if batch.total == total:
+        return states, alive
+    rows = places[batch.index]
+    there = torch.zeros(total, dtype=torch.bool, device=rows.device)
+    there[rows] = True if alive is None else alive
+    return states.new_zeros(total, states.shape[1]).index_copy(0, rows, states), there
