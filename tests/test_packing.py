@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 import hf_tokenprune as tp
 from hf_tokenprune.modeling.calls import Forward, LayerCall
 from hf_tokenprune.modeling.packing import PackedBatch
+from hf_tokenprune.modeling.spans import NOWHERE
 
 TEXT = [name for name in TEXTS if "ForTokenClassification" in FAMILIES[name].heads]
 TEXT_CASES = [case for case in CASES if case[1] in ("ForSequenceClassification", "ForTokenClassification")]
@@ -637,9 +638,10 @@ def test_pickling_round_trips_into_a_fresh_process(name, monkeypatch):
     assert_same(outputs_of(loaded, inputs), expected)
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "vit"])
-def test_threads_may_share_a_model(name):
-    head = one_class(name)
+@pytest.mark.parametrize(
+    ("name", "head"), [*((name, one_class(name)) for name in ("bert", "modernbert", "vit")), ("bert", "ForQuestionAnswering")]
+)
+def test_threads_may_share_a_model(name, head):
     model = tp.attach(build(name, head), {1: tp.TopK(0.5)})
     batches = [make_inputs(name, head, lengths=lengths, seed=seed) for seed, lengths in enumerate([(17, 5, 30), (4, 9)])]
     expected = [outputs_of(model, inputs) for inputs in batches]
@@ -649,6 +651,10 @@ def test_threads_may_share_a_model(name):
         for _ in range(20):
             try:
                 assert_same(outputs_of(model, inputs), right)
+                if head == "ForQuestionAnswering":
+                    with torch.no_grad():
+                        said = model(**inputs).start_logits
+                    assert torch.equal(said == NOWHERE, inputs["attention_mask"] == 0)
             except BaseException as error:
                 wrong.append(error)
 

@@ -156,9 +156,19 @@ def test_adapters_are_switched_with_their_pruners(with_lora, base_folder, tmp_pa
         model.set_adapter(name)
         assert torch.equal(logits(model), expected[name])
         assert list(inside(model).token_pruner.sites) == (["1"] if name == "b" else ["1", "2"])
+    model.set_adapter("a")
+    for merge in (model.merge_adapter, lambda names: model.merge_and_unload(adapter_names=names)):
+        merge(["b"])
+        assert list(inside(model).token_pruner.sites) == ["1"], "what is merged says who is dropped"
+        if merge == model.merge_adapter:
+            model.unmerge_adapter()
+            torch.testing.assert_close(logits(model), expected["a"], atol=1e-4, rtol=0)
+    model = PeftModel.from_pretrained(base(base_folder), folder, adapter_name="a")
+    model.load_adapter(str(tmp_path / "other"), "b")
     model.save_pretrained(tmp_path / "both")
     again = PeftModel.from_pretrained(base(base_folder), tmp_path / "both" / "b")
     assert torch.equal(logits(again), expected["b"])
+    model.set_adapter("b")
     with pytest.warns(UserWarning, match="b was active"):
         model.delete_adapter("b")
     assert torch.equal(logits(model), expected["a"])

@@ -153,6 +153,23 @@ def test_the_operator_of_this_torch_takes_what_it_is_given():
     assert {"scale", "window_size_left", "window_size_right"} <= {a.name for a in schema.arguments if a.kwarg_only}
 
 
+def test_a_build_without_the_operator_takes_bundles(monkeypatch):
+    """As those of torch for Windows: the operator has a name there, and no kernel."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    for there in (False, True):
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda there=there: there)
+        assert varlen.has_flash.__wrapped__(torch.device("cuda", 0)) is there
+
+
+@pytest.mark.parametrize("name", ["bert", "nomic_bert", "qwen3"])
+def test_mixed_precision_takes_the_kernel_in_every_family(kernel, name):
+    """Rotary tables are in full precision, and make queries and keys of it."""
+    model = tp.pack(build(name, "ForTokenClassification", hidden_dropout_prob=0.0))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(**make_inputs(name, ""))
+    assert len(kernel) == 4
+
+
 @pytest.mark.parametrize(("causal", "window", "asks"), [(False, None, False), (True, None, False), (False, 3, False),
                                                         (True, 3, False), (False, None, True)])  # fmt: skip
 def test_the_kernel_is_called_right(kernel, monkeypatch, causal, window, asks):

@@ -69,7 +69,8 @@ class PruningAdapters(nn.Module, BaseTunerLayer):
             ConfigError: two adapters with pruners are active.
         """
         model, base = self.model_and_base
-        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.pruners]
+        active = [] if self.disable_adapters else self.merged_adapters or self.active_adapters
+        names = [name for name in active if name in self.pruners]
         if len(names) > 1:
             raise ConfigError(f"The adapters {', '.join(names)} both say which tokens are dropped. Activate one of them.")
         pruner, settings = (self.pruners[names[0]], self.settings[names[0]]) if names else base or (None, None)
@@ -80,9 +81,11 @@ class PruningAdapters(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge=False, adapter_names=None):
         self.merged_adapters = list(adapter_names or self.active_adapters)
+        self.mount()
 
     def unmerge(self):
         self.merged_adapters = []
+        self.mount()
 
 
 class PruningTuner:
@@ -134,9 +137,11 @@ class PruningTuner:
         before, mine, after = key.partition(f".{PREFIX}{adapter_name}.")
         return f"{before}.{PREFIX}{after}" if mine else super()._remove_adapter_name_from_key(key, adapter_name)
 
-    def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         adapters = self.adapters
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if merge:
+            adapters.merge(safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if not merge:
             adapters.enable_adapters(False)
             adapters.mount()

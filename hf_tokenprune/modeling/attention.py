@@ -132,7 +132,11 @@ def packed_attention(
     Returns:
         `(context, importance)`: `(1, T, heads, head_dim)` and `(T,)` or None.
     """
-    total = query.shape[2]
+    total, device = query.shape[2], query.device.type
+    if torch.is_autocast_enabled(
+        device
+    ):  # as sdpa would: rotary tables in full precision make queries and keys of full precision
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     window = None if window is None or window >= batch.seq_len else window
     key, value = for_every_head(key, query), for_every_head(value, query)

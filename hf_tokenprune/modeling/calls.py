@@ -23,11 +23,13 @@ class Active(threading.local):
         forward: the `Forward` of the encoder that is running.
         call: the `LayerCall` whose attention has just run.
         head: the `TokenPruner` whose model's own head is calling its encoder.
+        padding: `(B, S)` bool, where the padding is of what that encoder has read, if the head looks for spans; None = nowhere.
     """
 
     forward = None
     call = None
     head = None
+    padding = None
 
 
 active = Active()

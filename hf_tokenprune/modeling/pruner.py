@@ -84,7 +84,6 @@ class TokenPruner(nn.Module):
         self.trace = []
         self.guarded = None
         self.last_forward = None
-        self.padding = None  # of the running forward, where the head looks for spans
         self.handles = []
         self.structure = None
         self.dense_attention = None
@@ -92,8 +91,7 @@ class TokenPruner(nn.Module):
 
     def __getstate__(self):
         """A copy or pickle is a model for inference: what hangs on it while it trains stays behind."""
-        nothing = dict.fromkeys(("objective", "meter", "last_forward", "padding"))
-        left = {"soft": {}, "watched": frozenset(), "remembers": False, **nothing}
+        left = {"soft": {}, "watched": frozenset(), "remembers": False, "objective": None, "meter": None, "last_forward": None}
         return {**self.__dict__, **left}
 
     def _measure(self, encoder, layers):
@@ -206,12 +204,12 @@ class TokenPruner(nn.Module):
     @contextlib.contextmanager
     def head(self):
         """Within this context the encoder is called by the model's own head, not by itself."""
-        outer = active.head
-        active.head = self
+        outer = active.head, active.padding
+        active.head, active.padding = self, None
         try:
             yield
         finally:
-            active.head = outer
+            active.head, active.padding = outer
 
     def run(self, model, forward, args, kwargs):
         """The forward of a model that is itself the encoder. It may be called as `model.forward(...)`, which runs no hooks."""
@@ -385,7 +383,8 @@ class TokenPruner(nn.Module):
         if output is None:  # the forward raised
             return None
         self.trace = [call.trace() for call in forward.calls]
-        self.padding = padding_of(forward.first) if self.finds_spans else None
+        if self.finds_spans and active.head is self:
+            active.padding = padding_of(forward.first)
         self.guarded = forward.spared() if self.protected_ids and self.objective is not None and self.training else None
         self.last_forward = forward if self.watched or self.remembers else None
         if self.meter is not None:

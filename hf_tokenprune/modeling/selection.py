@@ -239,7 +239,7 @@ class RankBins(Selector):
         kept = torch.as_tensor(kept)
         if kept.shape != (self.bins,) or ((kept != 0) & (kept != 1)).any():
             raise ConfigError(f"RankBins(bins={self.bins}).set_kept({kept.tolist()}): give {self.bins} booleans.")
-        self.kept.copy_(kept.to(torch.int8), non_blocking=True)
+        self.kept.copy_(kept.to(torch.int8), non_blocking=self.kept.device.type == "cuda")  # others read it when it is gone
 
     def keep(self, importance, batch, protected):
         pattern = self.pattern()

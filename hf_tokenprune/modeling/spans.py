@@ -33,6 +33,6 @@ def padding_of(batch):
 
 @torch.compiler.disable
 def never_in_padding(module, args, output):
-    """A hook on a span head. It finds the model's pruner by itself: PEFT copies such a module, and whatever hangs on it."""
-    padding = None if active.head is None else active.head.padding
+    """A hook on a span head. It knows no model: PEFT copies such a module, and whatever hangs on it."""
+    padding = active.padding
     return output if padding is None else output.masked_fill(padding[..., None].to(output.device), NOWHERE)

@@ -27,7 +27,10 @@ def flash(*args, **kwargs):
 def has_flash(device):
     """Is the operator there, as this file knows it (torch 2.10 or newer), and made for this GPU?"""
     known = torch.version.hip is None and find_spec("torch.nn.attention.varlen") is not None
-    return known and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0))
+    if device.type != "cuda" or not known:
+        return known
+    # The operator is known to every build, also to those for Windows, which are made without it.
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def takes_varlen(query, batch, *, window=None, causal=False, asking=None, importance=False):
