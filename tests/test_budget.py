@@ -19,17 +19,21 @@ ALL = [1] * BINS
 PATTERNS = ((ALL, ALL), ([1, 0, 0, 1], ALL), (ALL, [0, 1, 1, 1]), ([0, 1, 0, 1], [1, 0, 0, 0]), ([1, 0, 1, 0], [0] * BINS))
 
 
-def model_of(name, head):
-    return tp.attach(build(name, head), {1: tp.RankBins(BINS), 2: tp.RankBins(BINS)})
+def model_of(name, head, learned=False):
+    model = build(name, head)
+    sizes = {"hidden": 32, "width": tp.cost.layer_shapes(model)[1].attention // 2, "near": 2} if learned else {}
+    return tp.attach(model, {layer: tp.RankBins(BINS, **sizes) for layer in (1, 2)})
 
 
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize(("name", "head"), CASES)
-def test_share_is_what_a_really_pruned_model_spends(name, head):
-    """Texts of such lengths that each bin holds whole tokens, at the second site too; images of whatever their patches give."""
-    model = model_of(name, head)
+def test_share_is_what_a_really_pruned_model_spends(name, head, learned):
+    """Texts of such lengths that each bin holds whole tokens, at the second site too; images of whatever their patches give. A scorer
+    looks at whoever enters its site, if anybody is to go there."""
+    model = model_of(name, head, learned)
     protected = model.token_pruner.family.summary_tokens
     inputs = make_inputs(name, head, lengths=[n + protected for n in (16, 8, 48, 16)])
-    for patterns in PATTERNS:
+    for patterns in PATTERNS if not learned else [pair for pair in PATTERNS if ALL not in pair]:
         for selector, pattern in zip(model.token_pruner.sites.values(), patterns, strict=True):
             selector.set_kept(pattern)
         with torch.no_grad():

@@ -59,7 +59,7 @@ def test_an_example_runs_and_saves_a_model_that_drops_tokens(run, capsys, name):
         assert float(said[1]) == pytest.approx(budget, abs=0.06)
     model = tp.from_pretrained(output)
     assert isinstance(model, kind)
-    assert len(model.token_pruner.sites) > 0
+    assert any(0 in site.kept.tolist() for site in model.token_pruner.sites.values())
 
 
 def test_what_is_published_opens_without_the_package(run, capfd, monkeypatch):

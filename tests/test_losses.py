@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import math
-import warnings
 
 import pytest
 import torch
@@ -128,16 +127,6 @@ def test_lambda_arp2_equals_nested_loops(sigma):
     found = losses.lambda_arp2(scores, relevance, mask, sigma=sigma)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
     assert found[-1] == 0
-
-
-def test_lambda_arp2_equals_pytorchltr():
-    ltr = pytest.importorskip("pytorchltr.loss")
-    scores, mask, lengths = ragged()
-    relevance = torch.randint(0, 4, scores.shape)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own torch.meshgrid
-        expected = ltr.LambdaARPLoss2(sigma=0.7)(scores, relevance, torch.tensor(lengths))
-    torch.testing.assert_close(losses.lambda_arp2(scores, relevance, mask, sigma=0.7), expected)
 
 
 def test_lambda_arp2_is_finite_for_scores_far_apart():
