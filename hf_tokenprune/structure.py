@@ -21,6 +21,7 @@ from .modeling.architectures import find_encoder, get_layers
 from .modeling.cutting import hidden_dims
 from .modeling.pruner import forget_compiled
 from .modeling.sizes import has_attention, has_ffn, head_size, sizes_of
+from .precision import at_least_float32
 
 PARTS = ("hidden", "heads", "units", "blocks")
 
@@ -244,7 +245,7 @@ class StructureGates:
 
 
 def gated_layer_norm(states, norm, gates):
-    """LayerNorm in which each unit counts `gates` times, in float32.
+    """LayerNorm in which each unit counts `gates` times, in float32 at least.
 
     With gates of 0 and 1 this is the LayerNorm over the units that are left, and 0 elsewhere.
 
@@ -254,20 +255,19 @@ def gated_layer_norm(states, norm, gates):
         gates: `(H,)` in [0, 1].
 
     Returns:
-        `(..., H)` in float32.
+        `(..., H)` in float32 at least.
 
     Example:
         >>> norm, states = nn.LayerNorm(4, elementwise_affine=False), torch.tensor([1.0, 9.0, 3.0, 9.0])
         >>> gated_layer_norm(states, norm, torch.tensor([1.0, 0.0, 1.0, 0.0]))
         tensor([-1.0000,  0.0000,  1.0000,  0.0000])
     """
-    gates = gates.float()
+    states = at_least_float32(states)
+    gates = gates.to(states.dtype)
     share = gates / gates.sum().clamp(min=1e-6)
-    states = states.float()
-    centred = states - (states * share).sum(-1, keepdim=True)
-    scaled = centred * torch.rsqrt((centred.square() * share).sum(-1, keepdim=True) + norm.eps)
-    if norm.weight is not None:
-        scaled = scaled * norm.weight
-    if getattr(norm, "bias", None) is not None:
-        scaled = scaled + norm.bias
-    return scaled * gates
+    weight = gates if norm.weight is None else norm.weight.to(states.dtype) * gates
+    bias = getattr(norm, "bias", None)
+    with torch.autocast(states.device.type, enabled=False):  # products with a vector take a fraction of the memory of means
+        centred = states - (states @ share)[..., None]
+        scaled = centred * torch.rsqrt(centred.square() @ share + norm.eps)[..., None]
+    return scaled * weight if bias is None else torch.addcmul(bias.to(states.dtype) * gates, scaled, weight)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 import hf_tokenprune as tp
 from hf_tokenprune.methods import saliency
 from hf_tokenprune.methods.saliency import SaliencyLoss, _said, from_here_on
+from hf_tokenprune.schedule import Moment
 from hf_tokenprune.surgery import operate
 from hf_tokenprune.training import _group_of
 
@@ -417,3 +418,22 @@ def test_what_a_site_is_taught_is_shares_of_its_own_layer_and_of_those_after_it(
     torch.testing.assert_close(found[2], torch.tensor([[0, 1.0, 0, 0], [0.5, 0, 0.5, 0]]))
     torch.testing.assert_close(found[1], torch.tensor([[0.5, 1.5, 0, 0], [0.6, 0.1, 1.3, 0]]))
     torch.testing.assert_close(found[0], torch.tensor([[0.75, 2.25, 0, 0], [0.85, 0.35, 1.8, 0]]))
+
+
+@pytest.mark.parametrize(("idle", "layers"), [((), 4), ((0,), 3), ((0, 1), 2), ((1,), 4), ((0, 1, 2), None)])
+def test_the_teacher_is_asked_about_no_layer_below_all_that_learn(monkeypatch, idle, layers):
+    """While settling, a site that keeps every token has no importance to be taught."""
+    callback = tp.TokenPruneCallback(learning(layer_weight=0.0))
+    model, objective = callback.attach(build("bert", HEAD, **no_dropout())).train(), callback.objective
+    for layer, site in model.token_pruner.sites.items():
+        site.set_kept([1] * 8 if int(layer) in idle else [1, 0] * 4)
+    objective.teacher, objective.moment = (
+        tp.pack(build("bert", HEAD, seed=5)).eval().requires_grad_(False),
+        Moment("settle", 0.5),
+    )
+    asked, real = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda said, states: asked.append(len(states)) or real(said, states))
+    loss = model(**make_inputs("bert", HEAD, LENGTHS), labels=torch.arange(len(LENGTHS)) % 3).loss
+    loss.backward()
+    assert asked == ([] if layers is None else [layers])
+    assert ("importance" in objective.pop_log()) == (layers is not None)

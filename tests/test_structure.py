@@ -14,6 +14,7 @@ import hf_tokenprune as tp
 from hf_tokenprune import structure
 from hf_tokenprune.modeling.modeling_token_pruned import resize
 from hf_tokenprune.modeling.sizes import sizes_of
+from hf_tokenprune.modeling.spans import NOWHERE
 from hf_tokenprune.structure import PARTS, Layout, StructureGates, gated_layer_norm
 
 CASES = [case for case in ALL_CASES if FAMILIES[case[0]].weights]
@@ -80,9 +81,10 @@ def soft_gates(layout):
 
 
 def loss_of(model, inputs):
-    """A number that depends on all that a head gives."""
+    """A number that depends on all that a head gives, but for what it says of padding."""
     generator = torch.Generator().manual_seed(3)
     outputs = [value for value in model(**inputs).values() if isinstance(value, torch.Tensor)]
+    outputs = [value.masked_fill(value == NOWHERE, 0.0) for value in outputs]
     return sum((value * torch.randn(value.shape, generator=generator)).sum() for value in outputs)
 
 

@@ -225,6 +225,26 @@ def test_the_share_of_parameters_is_what_the_cut_model_has():
         assert layers_left(model) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_shift_is_solved_for_once_a_step(monkeypatch):
+    """Nothing has changed between the hard model after one step and the forwards of the next."""
+    _, gates = gated(weights())
+    randomise(gates, 0.5)
+    solved, real = [], gates.share
+    monkeypatch.setattr(gates, "share", lambda scores, lengths=None: solved.append(1) or real(scores, lengths))
+    first = gates.log_alpha()
+    count = len(solved)
+    assert count > gates.ROUNDS
+    assert torch.equal(gates.log_alpha(), first)
+    assert len(solved) - count < gates.ROUNDS, "the target asks for what everything costs, and no more"
+    gates.progress = 0.6
+    assert not torch.equal(gates.log_alpha(), first)
+    gates.progress = 0.5
+    with torch.no_grad():
+        gates.state.start[0] += 1
+    again = gates.log_alpha()
+    assert not torch.equal(again, first)
+
+
 @pytest.mark.parametrize("parts", [("blocks",), ("blocks", "heads", "units"), None])
 @pytest.mark.parametrize("head", [HEAD, "ForTokenClassification"])
 def test_something_is_left_whatever_is_asked_for(parts, head, caplog):

@@ -150,6 +150,7 @@ class BudgetedGates:
         self.noise = None  # of the running step: all its micro-batches and processes draw the same gates
         self.gradient = None  # of the running step, with respect to gates that are all 1
         self.progress = 0.0
+        self.solved = None, None  # what the latest shift was solved for, and the shift
         self.loss_scale = lambda: 1.0
         self.forgets = True  # the optimizer can forget the gates as they were while information was measured
 
@@ -230,8 +231,12 @@ class BudgetedGates:
         return steeper * (log_alpha + self.shifted * self._shift(log_alpha.detach(), steeper))
 
     def _shift(self, log_alpha, steeper):
-        """What to add to the shifted gates so that the expected share is the target: by bisection, into `TRIED` parts at a time."""
+        """What to add to the shifted gates so that the expected share is the target: by bisection, into `TRIED` parts at a time. All
+        forwards of a step ask the same, and so has whoever made the hard model after the step before."""
         target, lengths = self.target(), self.seen()
+        known, shift = self.solved
+        if known is not None and known[1:] == (steeper, target, lengths) and torch.equal(known[0], log_alpha):
+            return shift
         low, high = -100.0, 100.0
         for _ in range(self.ROUNDS):
             tried = torch.linspace(low, high, self.TRIED)
@@ -239,6 +244,7 @@ class BudgetedGates:
             share = torch.as_tensor(self.share(self.scores(probability), lengths))
             fits = int((share <= target).sum())  # the first so many: the share grows with the shift
             low, high = tried[max(fits - 1, 0)].item(), tried[min(fits, self.TRIED - 1)].item()
+        self.solved = (log_alpha.clone(), steeper, target, lengths), low
         return low
 
     def begin_step(self):

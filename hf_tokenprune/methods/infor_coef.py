@@ -147,18 +147,21 @@ class SoftSkim:
         sampler: the `Skim`.
         sharp: by how much its logits outweigh the noise of sampling; 1 is the paper's. The gradient becomes as much steeper: it is
             for tokens near the threshold, which are those that can go either way.
+        one_each: as for `Skim.keep`.
     """
 
-    def __init__(self, sampler, sharp=1.0):
-        self.sampler, self.sharp = sampler, sharp
+    def __init__(self, sampler, sharp=1.0, one_each=True):
+        self.sampler, self.sharp, self.one_each = sampler, sharp, one_each
         self.states = self.logits = self.batch = self.protected = self.alive = None
 
     def __call__(self, states, batch, protected):
         self.states, self.batch, self.protected = states, batch, protected
         self.alive = torch.ones_like(protected) if batch.weights is None else batch.weights.detach() > 0
         self.logits = self.sampler.logits(states)
-        margin = (self.logits[:, 1] - self.logits[:, 0]).detach().masked_fill(~self.alive, float("-inf"))
-        guarded = protected | most_important(margin, batch, protected)
+        guarded = protected
+        if self.one_each:
+            margin = (self.logits[:, 1] - self.logits[:, 0]).detach().masked_fill(~self.alive, float("-inf"))
+            guarded = protected | most_important(margin, batch, protected)
         sample = sample_straight_through(self.sharp * self.logits)
         return torch.where(guarded, torch.ones_like(sample), sample)
 
@@ -263,7 +266,8 @@ class InforCoefObjective(StructuredObjective):
             if self._offset() == float("inf"):
                 self._set_offset(0.0)
             sharp = 1.0 if self.config.target_macs is None else self.SHARP
-            self.looks = {layer: SoftSkim(sampler, sharp) for layer, sampler in samplers.items()}
+            one_each = not self.pruner.family.summary_tokens
+            self.looks = {layer: SoftSkim(sampler, sharp, one_each) for layer, sampler in samplers.items()}
             self.pruner.soft = dict(self.looks)
 
     def close_gates(self):

@@ -37,9 +37,12 @@ class SaliencyLoss(Helper):
     def trace(self, objective, taught):
         """Find the gradients of what the teacher has said, a model output made with gradients; then take these from it."""
         calls = objective.teacher.token_pruner.last_forward.calls
-        said = sum(_said(*reading, self.separate) for reading in _readings(objective, taught, calls[0].batch))
-        # Scaled as the loss is: in half precision the gradients of a text that nothing hangs on would be lost.
-        self.gradients = torch.autograd.grad(said * objective.loss_scale(), [call.entered for call in calls])
+        learn = self._who_learns(objective)
+        if learn:
+            said = sum(_said(*reading, self.separate) for reading in _readings(objective, taught, calls[0].batch))
+            # Scaled as the loss is: in half precision the gradients of a text that nothing hangs on would be lost.
+            asked = [call.entered for call in calls[min(learn.values()) :]]  # what earlier layers say nobody hears
+            self.gradients = torch.autograd.grad(said * objective.loss_scale(), asked)
         for call in calls:
             call.entered, call.left = call.entered.detach(), call.left.detach()
         for name, value in taught.items():
@@ -51,17 +54,27 @@ class SaliencyLoss(Helper):
             return {}
         gradients, self.gradients = self.gradients, None
         theirs = objective.teacher.token_pruner.last_forward.calls
+        lowest = len(theirs) - len(gradients)
         norms = [gradient.float().norm(dim=-1, keepdim=True) for gradient in gradients]
-        ahead = from_here_on([call.batch.unpack(norm)[..., 0] for call, norm in zip(theirs, norms, strict=True)])
-        losses, left = [], get_layers(*find_encoder(objective.model))
-        for site in map(int, objective.pruner.sites):
+        ahead = from_here_on([call.batch.unpack(norm)[..., 0] for call, norm in zip(theirs[lowest:], norms, strict=True)])
+        losses = []
+        for site, layer in self._who_learns(objective).items():
             call = objective.pruner.last_forward.calls[site]
-            if call.importance is None:  # while settling, at a site that keeps every token
-                continue
-            was = site if len(left) == len(self.layers) else self.layers.index(left[site])  # before layers were cut out
             scores, mask = padded_importance(call, call.protected)
-            losses.append(listwise(scores, ahead[was * len(theirs) // len(self.layers)], mask))
-        return {"importance": self.weight * torch.stack(losses).mean()} if losses else {}
+            losses.append(listwise(scores, ahead[layer - lowest], mask))
+        return {"importance": self.weight * torch.stack(losses).mean()}
+
+    def _who_learns(self, objective):
+        """The sites that had importance in the student's forward, and the teacher's layer for each. While settling, those have none
+        that keep every token."""
+        left, calls = get_layers(*find_encoder(objective.model)), objective.pruner.last_forward.calls
+        theirs = len(objective.teacher.token_pruner.last_forward.calls)
+        found = {}
+        for site in map(int, objective.pruner.sites):
+            if calls[site].importance is not None:
+                was = site if len(left) == len(self.layers) else self.layers.index(left[site])  # before layers were cut out
+                found[site] = was * theirs // len(self.layers)
+        return found
 
 
 def from_here_on(saliency):

@@ -325,7 +325,7 @@ class TokenPruner(nn.Module):
             weights = soft(states[0], batch, protected)
             weights = weights if batch.weights is None else weights * batch.weights
             return batch.with_weights(weights, masked=True), states
-        keep = site.keep(states[0], batch, protected)
+        keep = site.keep(states[0], batch, protected, one_each=not self.family.summary_tokens)
         rows, chosen = batch.choose(keep)
         if rows.shape[0] == batch.total:
             return batch, states

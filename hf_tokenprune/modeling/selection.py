@@ -390,8 +390,9 @@ class Skim(Selector):
         offset = self.offset_value()
         return logits if math.isinf(offset) else torch.stack([logits[:, 0], logits[:, 1] + self.offset], dim=1)
 
-    def keep(self, states, batch, protected):
-        """`(T,)` bool: which tokens stay, from their hidden states `(T, H)`."""
+    def keep(self, states, batch, protected, one_each=True):
+        """`(T,)` bool: which tokens stay, from their hidden states `(T, H)`. `one_each`: of a sequence without a protected token one
+        stays all the same."""
         if math.isnan(self.offset_value()):
             raise ConfigError(
                 "This checkpoint does not hold its token samplers (a `token_pruner.sites.*` tensor is missing from its "
@@ -399,7 +400,7 @@ class Skim(Selector):
             )
         logits = self.logits(states)
         stays = ~(logits[:, 1] <= logits[:, 0]) | protected  # where they are NaN, nothing is dropped
-        return stays | most_important(logits[:, 1] - logits[:, 0], batch, protected)
+        return stays | most_important(logits[:, 1] - logits[:, 0], batch, protected) if one_each else stays
 
     def offset_value(self):
         """The offset as a float."""
