@@ -111,6 +111,7 @@ class TokenPruneCallback(TrainerCallback):
         if trainer is not None:
             follow(trainer)
             resume_complete(trainer)
+            _count_evaluations_alone(trainer, self)
         _log_first(self)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -355,6 +356,19 @@ def _shares(sums, model):
     if not dense:
         return {}
     return {"macs_realised": spent / dense, **{f"tokens_after_{layer}": n / entered for layer, n in enumerate(left)}}
+
+
+def _count_evaluations_alone(trainer, callback):
+    """What else the model is used for in evaluation mode is no part of `eval_macs_realised`."""
+    loop = trainer.evaluation_loop
+
+    @functools.wraps(loop)
+    def evaluation_loop(*args, **kwargs):
+        if callback.inner is not None:
+            callback.meters[False] = CostMeter(callback.inner)
+        return loop(*args, **kwargs)
+
+    trainer.evaluation_loop = evaluation_loop
 
 
 def _forget_best(state):
