@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 RESUME = "resume_from_checkpoint"
 # Settings that fit any checkpoint of the same method, and those of which one thing has to stay: that there is something, or nothing.
 MAY_CHANGE = {
-    "target_macs", "target_params", "static_macs", "schedule", "constraint",
+    "target_macs", "target_params", "static_macs", "constraint",
     "distill_weight", "layer_weight", "rank_weight", "importance_weight", "entropy_weight", "norm_weight",
 }  # fmt: skip
 NOT_FROM_NOTHING = {"static_macs", "layer_weight"}
@@ -69,14 +69,6 @@ def _check_method(folder, model):
             f"{folder} is of a run that has chosen by {', '.join(sorted(late))} already what goes. Resume it with the budget that it "
             "began with; to prune the model further, begin a new run with it."
         )
-    moved = next(((before, after) for name, before, after in changed if name == "schedule"), None)
-    if moved:
-        phases = [_moment(folder, schedule).phase for schedule in moved]
-        if phases[0] != phases[1]:
-            raise TrainingError(
-                f"{folder} is of a run in its phase {phases[0]!r}, which by the schedule of this one would be in {phases[1]!r}: what "
-                "lies between would never be done. Resume with the schedule that the run began with."
-            )
     if any(name not in MAY_CHANGE or (name in NOT_FROM_NOTHING and bool(a) != bool(b)) for name, a, b in changed):
         raise TrainingError(
             f"{folder} is of a run with another method than this one: "
@@ -90,20 +82,12 @@ def _check_method(folder, model):
 
 def _chosen_by(folder, method):
     """The budgets by which a checkpoint's run has chosen already what goes."""
-    logged = [entry["pruning_phase"] for entry in _state(folder)["log_history"] if "pruning_phase" in entry]
-    phase = max([PHASES.index(_moment(folder, method["schedule"]).phase), *logged[-1:]])
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    logged = [entry["pruning_phase"] for entry in state["log_history"] if "pruning_phase" in entry]
+    planned = Schedule(**method["schedule"]).at(state["global_step"], _begun_for(folder) or state["max_steps"])
+    phase = max([PHASES.index(planned.phase), *logged[-1:]])
     done = {"static_macs": "static", "target_macs": "anneal", "target_params": "anneal"}
     return {budget for budget, last in done.items() if phase > PHASES.index(last)}
-
-
-def _state(folder):
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
-
-
-def _moment(folder, schedule):
-    """Where a checkpoint's run would be by a schedule."""
-    state = _state(folder)
-    return Schedule(**schedule).at(state["global_step"], _begun_for(folder) or state["max_steps"])
 
 
 def _begun_for(folder):

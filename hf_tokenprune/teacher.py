@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .errors import TrainingError, UnsupportedModelError
@@ -109,8 +110,8 @@ def load_teacher(output_dir, number, device):
     return freeze(teacher)
 
 
-def find_teacher(teacher, student):
-    """A teacher given by the user, as a model or by folder or Hub id, ready to teach.
+def find_teacher(teacher, student, tokenizer=None):
+    """A teacher given by the user, as a model or by folder or Hub id, ready to teach. `tokenizer`: the Trainer's, if it has one.
 
     Raises:
         TrainingError: it is the student itself, judges other classes, or reads other tokens.
@@ -126,16 +127,14 @@ def find_teacher(teacher, student):
             "for the same task."
         )
     words = [getattr(each.config, "vocab_size", None) for each in (model, student)]
-    if None not in words and words[0] != words[1]:
-        if words[0] < words[1]:
+    if None not in words and words[0] != words[1]:  # tables may be padded, each to its own size
+        said = f"The teacher knows {words[0]} tokens, the model to be trained {words[1]}"
+        if isinstance(tokenizer, PreTrainedTokenizerBase) and len(tokenizer) > words[0]:
             raise TrainingError(
-                f"The teacher knows {words[0]} tokens, the model to be trained {words[1]}: they do not read the same input_ids. Give "
-                "a teacher that has the same tokenizer."
+                f"{said}, and the Trainer's tokenizer makes {len(tokenizer)}: the teacher cannot read them. Give one that has the "
+                "same tokenizer."
             )
-        logger.warning(
-            f"The teacher knows {words[0]} tokens, the model to be trained {words[1]}. It teaches only if both have the same "
-            "tokenizer."
-        )
+        logger.warning(f"{said}. It teaches only if both have the same tokenizer.")
     heads = [HEAD.search(type(each).__name__) for each in (model, student)]
     if None not in heads and heads[0][0] != heads[1][0]:
         raise TrainingError(

@@ -8,6 +8,7 @@ from importlib import import_module
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
 
 from .checkpoints import resume_complete
@@ -55,9 +56,9 @@ class TokenPruneCallback(TrainerCallback):
         self.objective = None
         self.total = 0
         self.told = False
-        self.settled = [0.0, 0.0]  # MACs spent since nothing is chosen any more, in logs so far, and those of the dense model
-        self.reached = None  # their share, once training is over
         self.meters = {}
+        self.settled = None  # counts what is spent since nothing is chosen any more
+        self.reached = None  # the share of the dense model's MACs that it is, once training is over
         self.watch = None
 
     def attach(self, model):
@@ -149,7 +150,7 @@ class TokenPruneCallback(TrainerCallback):
                 )
             self.objective.start_run(learning_rate, steps)
         self.told = False
-        self.settled, self.reached = [0.0, 0.0], None
+        self.meters[True], self.settled, self.reached = CostMeter(self.inner), CostMeter(self.inner), None
         self.objective.close_gates()  # those of a run that was interrupted
         self.objective.moment = self.method.schedule.at(state.global_step, self.total)
         if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
@@ -159,7 +160,7 @@ class TokenPruneCallback(TrainerCallback):
         if self.method.teacher not in ("self", None):
             teacher = self.method.teacher
             teacher = _merged(teacher) if isinstance(teacher, nn.Module) else teacher
-            self.objective.teacher = find_teacher(teacher, self.inner)
+            self.objective.teacher = find_teacher(teacher, self.inner, kwargs.get("processing_class"))
         elif self.method.teacher == "self" and state.global_step > dense:
             self.objective.teacher = load_teacher(args.output_dir, self.objective.teacher_number, self.inner.device)
 
@@ -213,8 +214,6 @@ class TokenPruneCallback(TrainerCallback):
         for parameter in self.objective.restarted():
             optimizer.state.pop(parameter, None)
         was_cut = self.objective.moment.phase != now.phase and self.objective.end_phase(now.phase, optimizer)
-        if self.objective.moment.phase == "settle":
-            self.settled = [-macs for macs in _sums(self.meters[True], self.inner)[:2]]  # the next log counts them, too
         if was_cut or self.objective.moment.phase == "settle":
             # A model that was better before it met the budget is none to come back to.
             _forget_best(state)
@@ -226,14 +225,14 @@ class TokenPruneCallback(TrainerCallback):
         evaluated = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), None)
         over = "total_flos" in logs  # the last log of a run, with its times
         if "loss" in logs:
-            numbers = {**self.objective.state(), **self.objective.pop_log(), **_shares(self._pop_sums(True), self.inner)}
+            numbers = {**self.objective.state(), **self.objective.pop_log(), **self._pop_shares(True)}
         elif over:
             numbers = {f"train_{name}": value for name, value in self._reached(state.global_step).items()}
         elif evaluated is not None:
-            numbers = {f"{evaluated}_{name}": value for name, value in _shares(self._pop_sums(False), self.inner).items()}
+            numbers = {f"{evaluated}_{name}": value for name, value in self._pop_shares(False).items()}
         else:
             return
-        if "loss" in logs or not state.is_hyper_param_search:  # whose default objective adds up whatever was evaluated
+        if "loss" in logs or not (state.is_hyper_param_search and _adds_up(_calling_trainer())):
             logs.update(numbers)
         if state.log_history:
             state.log_history[-1].update(numbers)
@@ -247,7 +246,7 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_predict(self, args, state, control, **kwargs):
         if self.objective is not None and is_token_pruned(self.inner):
-            self._pop_sums(False)  # a prediction is no evaluation
+            self._pop_shares(False)  # a prediction is no evaluation
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None
@@ -289,10 +288,8 @@ class TokenPruneCallback(TrainerCallback):
 
     def _reached(self, step):
         """What a finished run was asked for and has come to, on its training texts; nothing of one that ended too early."""
-        self._pop_sums(True)
         self.objective.moment = self.method.schedule.at(step, self.total)  # where there is no settling it was the one before
-        spent, dense = total_of(self.settled, self.inner.device)
-        self.reached = spent / dense if self.objective.moment.phase == "settle" and dense else None
+        self.reached = _shares(self.settled, self.inner).get("macs_realised")
         return {} if self.reached is None else self.objective.reached(self.reached)
 
     def _note_evaluation(self, args, history, prefix):
@@ -303,13 +300,12 @@ class TokenPruneCallback(TrainerCallback):
 
     def _measure(self, pruner):
         self.meters[self.inner.training].update()
+        if self.inner.training and self.settled is not None and self.objective.moment.phase == "settle":
+            self.settled.update()
 
-    def _pop_sums(self, training):
+    def _pop_shares(self, training):
         meter, self.meters[training] = self.meters[training], CostMeter(self.inner)
-        sums = _sums(meter, self.inner)
-        if training:
-            self.settled = [before + now for before, now in zip(self.settled, sums[:2], strict=True)]
-        return sums
+        return _shares(meter, self.inner)
 
 
 def _adapters(model):
@@ -341,21 +337,22 @@ def _as_it_was_if_refused(model):
         raise
 
 
-def _sums(meter, model):
-    """What a `CostMeter` has counted: MACs spent, the dense model's, tokens that entered, and those that left each layer."""
-    if not meter.started:
-        return [0.0] * (3 + model.token_pruner.layer_count)
-    cost = meter.cost
-    return [cost.spent, cost.dense, *(cost.sequences * n for n in (cost.tokens, *cost.tokens_per_layer))]
-
-
-def _shares(sums, model):
-    """What such sums and those of all other processes say for the log: `macs_realised`, the share of the dense model's MACs that
+def _shares(meter, model):
+    """What a `CostMeter` and those of all other processes say for the log: `macs_realised`, the share of the dense model's MACs that
     was spent, and `tokens_after_<layer>`, the share of the tokens that left each layer. Nothing if nobody has counted."""
+    sums = [0.0] * (3 + model.token_pruner.layer_count)
+    if meter.started:
+        cost = meter.cost
+        sums = [cost.spent, cost.dense, *(cost.sequences * n for n in (cost.tokens, *cost.tokens_per_layer))]
     spent, dense, entered, *left = total_of(sums, model.device)
     if not dense:
         return {}
     return {"macs_realised": spent / dense, **{f"tokens_after_{layer}": n / entered for layer, n in enumerate(left)}}
+
+
+def _adds_up(trainer):
+    """Is this Trainer in a search whose objective adds up whatever was evaluated?"""
+    return trainer is None or getattr(trainer, "compute_objective", None) in (None, default_compute_objective)
 
 
 def _count_evaluations_alone(trainer, callback):

@@ -352,3 +352,20 @@ def test_a_run_that_was_interrupted_can_be_begun_anew(tmp_path, name, event):
     trainer.train()
     assert trainer.state.global_step == STEPS
     assert trainer.evaluate()["eval_macs_realised"] < 0.75
+
+
+def test_what_an_interrupted_run_has_spent_is_no_part_of_what_the_resumed_one_reached(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, _args, state, _control, **_):
+            if state.global_step == STEPS - 1:
+                raise KeyboardInterrupt
+
+    interrupt = Interrupt()
+    trainer = trainer_of(tmp_path, "tokens", callbacks=[interrupt])
+    trainer.args.logging_strategy = "no"
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupt)
+    trainer.train(resume_from_checkpoint=True)
+    spent = trainer.evaluate(Texts(48))["eval_macs_realised"]
+    assert trainer.state.log_history[-2]["train_macs_realised"] == pytest.approx(spent, abs=0.02)

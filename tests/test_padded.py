@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from hf_tokenprune.modeling.attention import weighted_softmax
 from hf_tokenprune.modeling.calls import active
 from hf_tokenprune.modeling.packing import PackedBatch
-from hf_tokenprune.modeling.padded import collect, on_probabilities, relative, spread
+from hf_tokenprune.modeling.padded import collect, on_probabilities, relative, reweighted, spread
 
 MASK = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
 
@@ -41,9 +42,6 @@ class Call:
     def __init__(self, batch):
         self.batch = batch
 
-    def decide(self, importance):
-        self.importance = importance
-
 
 @pytest.mark.parametrize("values", [[1.0, 0.2, 0.5, 1.0, 0.7], [1.0, 0.0, 1.0, 1.0, 0.0]])
 def test_a_token_that_counts_for_less_has_that_share_of_every_softmax(batch, values, monkeypatch):
@@ -55,4 +53,18 @@ def test_a_token_that_counts_for_less_has_that_share_of_every_softmax(batch, val
     (shares,) = on_probabilities(None, (scores.softmax(-1),))
     expected = (scores[2] + weight[2:].log()).softmax(-1)
     torch.testing.assert_close(shares[2], expected)
-    torch.testing.assert_close(call.importance[2:], (expected * weight[2:, None]).mean((0, 1)))
+    torch.testing.assert_close(call.received[2:], (expected * weight[2:, None]).mean((0, 1)))
+
+
+def test_the_gradient_of_a_weight_of_0_is_what_a_weight_of_1_would_change():
+    """As of `attention.weighted_softmax`, also where the dropped key has nearly all."""
+    scores, alive = 4 * torch.randn(2, 3, 6), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    scores[0, :, 1] += 8
+    shares, told = scores.softmax(-1), torch.randn(2, 3, 6)
+    weight = alive.repeat(2, 1, 1).requires_grad_()
+    said = reweighted(shares, weight)
+    torch.testing.assert_close(said, weighted_softmax(scores, weight))
+    (said * told).sum().backward()
+    for dead in (1, 3):
+        back = reweighted(shares, alive.index_fill(0, torch.tensor([dead]), 1.0).expand(2, 1, 6))
+        torch.testing.assert_close(weight.grad[:, 0, dead], ((back - said.detach()) * told).sum((1, 2)), atol=1e-4, rtol=1e-3)

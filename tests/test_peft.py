@@ -179,6 +179,10 @@ def test_an_adapter_beside_one_that_learns_to_prune_stays_an_ordinary_one(base_f
     model.add_adapter("plain", LoraConfig(**LORA))
     trained(tmp_path / "run", model=model)
     model.save_pretrained(tmp_path / "saved")
+    model.merge_adapter(["plain"])
+    assert not hasattr(inside(model), "token_pruner")
+    model.unmerge_adapter()
+    assert len(inside(model).token_pruner.sites) == 2
     model.set_adapter("plain")
     expected = logits(model)
     assert type(inside(model)) is hf.BertForSequenceClassification

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import build
 from training_helpers import Texts, assert_same_state, logged, no_dropout, spent_share, top, trained, trainer_for
-from transformers import BertForSequenceClassification, BertModel
+from transformers import BertForSequenceClassification, BertModel, BertTokenizerFast
 
 import hf_tokenprune as tp
 
@@ -90,12 +90,20 @@ def test_a_model_without_its_pooler_is_its_own_teacher(tmp_path):
     assert 0.4 < spent_share(tp.from_pretrained(tmp_path / "saved"), Texts()) < 0.51
 
 
-def test_a_teacher_with_other_words_is_refused(tmp_path, caplog):
-    """Token 7 means something else to it."""
-    student = build("bert", HEAD)
-    fewer = build("bert", HEAD, vocab_size=student.config.vocab_size - 1)
-    with pytest.raises(tp.errors.TrainingError, match="same tokenizer"):
-        trainer_for(tmp_path, top(teacher=fewer), model=student).train()
-    more = build("bert", HEAD, vocab_size=student.config.vocab_size + 5)  # some pad their tables
-    trainer_for(tmp_path, top(teacher=more), model=build("bert", HEAD), max_steps=3).train()
+@pytest.mark.parametrize("more", [(0, 5), (5, 0)])
+def test_a_teacher_with_another_number_of_words_is_told(tmp_path, caplog, more):
+    """Some pad their tables."""
+    words = build("bert", HEAD).config.vocab_size
+    student, teacher = (build("bert", HEAD, vocab_size=words + number) for number in more)
+    trainer_for(tmp_path, top(teacher=teacher), model=student, max_steps=3, data=Texts(24)).train()
     assert "only if both have the same tokenizer" in caplog.text
+
+
+def test_a_teacher_that_cannot_read_what_the_tokenizer_makes_is_refused(tmp_path):
+    student = build("bert", HEAD)
+    teacher = build("bert", HEAD, vocab_size=30)
+    trainer = trainer_for(tmp_path, top(teacher=teacher), model=student)
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(27))])}
+    trainer.callback_handler.processing_class = BertTokenizerFast(vocab=words)
+    with pytest.raises(tp.errors.TrainingError, match=r"knows 30 tokens, .* tokenizer makes 32"):
+        trainer.train()

@@ -71,6 +71,18 @@ def test_hyperparameter_search_by_the_loss(tmp_path):
     assert 0 < evaluated["eval_macs_realised"] < 1
 
 
+def test_an_objective_of_ones_own_finds_what_was_spent(tmp_path):
+    callback, seen = tp.TokenPruneCallback(top()), []
+    trainer = trainer_for(
+        tmp_path, callbacks=[callback], model_init=lambda: callback.attach(build("bert", HEAD)), eval_strategy="steps", eval_steps=12
+    )  # fmt: skip
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3, log=True)},
+        compute_objective=lambda metrics: seen.append(metrics["eval_macs_realised"]) or seen[-1], n_trials=1, backend="optuna",
+    )  # fmt: skip
+    assert 0 < seen[-1] < 1
+
+
 def test_hyperparameter_search(tmp_path):
     """Of the Trainer's arguments and of the method's settings; each trial ends with a model that meets its own budget."""
     spent = []

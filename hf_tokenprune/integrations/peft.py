@@ -80,12 +80,11 @@ class PruningAdapters(nn.Module, BaseTunerLayer):
             mount(model, pruner, settings)
 
     def merge(self, safe_merge=False, adapter_names=None):
-        self.merged_adapters = list(adapter_names or self.active_adapters)
-        self.mount()
+        names = adapter_names or self.active_adapters
+        self.merged_adapters = [*self.merged_adapters, *(name for name in names if name not in self.merged_adapters)]
 
     def unmerge(self):
         self.merged_adapters = []
-        self.mount()
 
 
 class PruningTuner:
@@ -119,6 +118,14 @@ class PruningTuner:
         super().set_adapter(*args, **kwargs)
         self._mount()
 
+    def merge_adapter(self, *args, **kwargs):
+        super().merge_adapter(*args, **kwargs)
+        self._mount()
+
+    def unmerge_adapter(self):
+        super().unmerge_adapter()
+        self._mount()
+
     def enable_adapter_layers(self):
         super().enable_adapter_layers()
         self._mount()
@@ -141,6 +148,7 @@ class PruningTuner:
         adapters = self.adapters
         if merge:
             adapters.merge(safe_merge, adapter_names)
+            adapters.mount()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if not merge:
             adapters.enable_adapters(False)

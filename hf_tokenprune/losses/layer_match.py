@@ -23,23 +23,36 @@ def layer_distances(student, teacher, there=None):
         >>> layer_distances(student, teacher)
         tensor([[1., 0., 4.]])
     """
-    mine, theirs = (torch.stack([at_least_float32(states) for states in layers]) for layers in (student, teacher))
-    theirs, (tokens, width) = theirs.detach(), mine.shape[1:]
-    masked = there is not None and any(mask is not None for masks in there for mask in masks)
-    if masked:
-        here, over = (
-            torch.stack([mine.new_ones(tokens) if mask is None else mask.to(mine.dtype) for mask in masks]) for masks in there
-        )
-        mine, theirs = mine * here[..., None], theirs * over[..., None]
+    tokens, width = student[0].shape
+    mine, theirs = ([None] * len(student), [None] * len(teacher)) if there is None else there
+    apart, count = 0.0, 0.0
+    for start in range(0, max(tokens, 1), CHUNK):
+        some = slice(start, start + CHUNK)
+        more = _apart(_layers(student, mine, some), _layers([states.detach() for states in teacher], theirs, some))
+        apart, count = apart + more[0], count + more[1]
+    return (apart / (count * width)).clamp(min=0)
+
+
+CHUNK = 2048  # tokens of all layers that lie in memory once more at a time
+
+
+def _layers(layers, there, some):
+    """`(layers, T, H)`, 0 where there is no token, and `(layers, T)`: 1 where there is one."""
+    states = torch.stack([at_least_float32(one[some]) for one in layers])
+    if all(mask is None for mask in there):
+        return states, states.new_ones(states.shape[:2])
+    here = torch.stack([states.new_ones(states.shape[1]) if mask is None else mask[some].to(states.dtype) for mask in there])
+    return states * here[..., None], here
+
+
+def _apart(student, teacher):
+    """For each pair of layers, the squared difference of all tokens that both have, and how many these are."""
+    (mine, here), (theirs, over) = student, teacher
     # |s - t|^2 = |s|^2 + |t|^2 - 2 s t, the products of all pairs by one of matrices. In half precision they would not add up to it.
     with torch.autocast(mine.device.type, enabled=False):
         squares = [states.square().sum(2) for states in (mine, theirs)]
         products = theirs.flatten(1) @ mine.flatten(1).T
-        if masked:
-            apart, count = over @ squares[0].T + squares[1] @ here.T - 2 * products, over @ here.T
-        else:
-            apart, count = squares[0].sum(1) + squares[1].sum(1)[:, None] - 2 * products, tokens
-    return (apart / (count * width)).clamp(min=0)
+        return over @ squares[0].T + squares[1] @ here.T - 2 * products, over @ here.T
 
 
 def match_layers(distances, alive):

@@ -133,9 +133,8 @@ def packed_attention(
         `(context, importance)`: `(1, T, heads, head_dim)` and `(T,)` or None.
     """
     total, device = query.shape[2], query.device.type
-    if torch.is_autocast_enabled(
-        device
-    ):  # as sdpa would: rotary tables in full precision make queries and keys of full precision
+    # As sdpa would: rotary tables in full precision make queries and keys of full precision.
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     window = None if window is None or window >= batch.seq_len else window

@@ -56,6 +56,17 @@ def _relative_pos(batch, distances, heads):
 RELATIVE = {"position_bias": _position_bias, "relative_pos": _relative_pos}
 
 
+def reweighted(shares, weight):
+    """Shares `(..., queries, keys)` in which each key counts `weight` times, with the gradient of `attention.weighted_softmax`."""
+    with torch.no_grad():
+        total = (shares * weight).sum(-1, keepdim=True)
+        total = total + (total == 0)
+        at_one = total * shares / (total + shares)
+    counted = torch.where(weight == 0, at_one, shares) * weight
+    total = counted.sum(-1, keepdim=True)
+    return counted / (total + (total == 0))
+
+
 @torch.compiler.disable
 def before_attention(module, args, kwargs):
     """A pre-hook: pad the hidden states, and make the mask and the relative positions those of the tokens that are left."""
@@ -85,9 +96,7 @@ def on_probabilities(module, args):
     weight = None
     if batch.weights is not None:
         weight = spread(batch, batch.weights[None])
-        counted = shares.float() * weight[:, None, None]
-        total = counted.sum(-1, keepdim=True)
-        shares = (counted / (total + (total == 0))).to(shares.dtype)
+        shares = reweighted(shares.float(), weight[:, None, None]).to(shares.dtype)
     importance = None
     if call.needs_importance:
         asking = spread(batch, shares.new_ones(1, batch.total, dtype=torch.float32)) if weight is None else weight.float()
