@@ -1,12 +1,17 @@
 """Who may be the teacher, and how it judges."""
 
+import functools
+
 import pytest
 import torch
-from families import build
+from families import build, make_inputs
+from torch.nn import functional
 from training_helpers import Texts, assert_same_state, logged, no_dropout, spent_share, top, trained, trainer_for
 from transformers import BertForSequenceClassification, BertModel, BertTokenizerFast
 
 import hf_tokenprune as tp
+from hf_tokenprune.methods.top import RankingLoss, SoftBins
+from hf_tokenprune.schedule import Moment
 
 HEAD = "ForSequenceClassification"
 
@@ -107,3 +112,71 @@ def test_a_teacher_that_cannot_read_what_the_tokenizer_makes_is_refused(tmp_path
     trainer.callback_handler.processing_class = BertTokenizerFast(vocab=words)
     with pytest.raises(tp.errors.TrainingError, match=r"knows 30 tokens, .* tokenizer makes 32"):
         trainer.train()
+
+
+# What is compared with the teacher
+
+
+def distilling(head, method=None):
+    """A model in training that drops nothing, and its objective with a teacher."""
+    callback = tp.TokenPruneCallback(method or top(layer_weight=0.0))
+    model = callback.attach(build("bert", head, **no_dropout())).train()
+    callback.objective.teacher = tp.pack(build("bert", head, seed=5)).eval().requires_grad_(False)
+    callback.objective.moment = Moment("settle", 0.5)
+    return model, callback.objective
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("head", [HEAD, "ForTokenClassification", "ForMaskedLM", "Model"])
+def test_what_is_distilled_is_the_same_however_far_texts_are_padded(head, labelled):
+    model, objective = distilling(head)
+    found = []
+    for more in (0, 25):
+        inputs = {name: functional.pad(value, (0, more)) for name, value in make_inputs("bert", head).items()}
+        if labelled and head != "Model":
+            of_tokens = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"] % 3, -100)
+            inputs["labels"] = torch.arange(5) % 3 if head == HEAD else of_tokens
+        model(**inputs)
+        found.append(objective.pop_log()["distillation"])
+    assert found[0] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("head", [HEAD, "ForTokenClassification"])
+def test_the_gap_is_how_differently_the_soft_and_the_hard_model_judge(head):
+    model, objective = distilling(head)
+    pruner, inputs = model.token_pruner, make_inputs("bert", head)
+    for site in pruner.sites.values():
+        site.set_kept([1, 0] * 4)
+    rows = {int(layer): SoftBins(site, torch.tensor([0.9, 0.3] * 4)) for layer, site in pruner.sites.items()}
+    forward = functools.partial(type(model).forward, model)
+    said = []
+    for gates in (rows, {}):
+        pruner.soft, pruner.soft_in_eval = gates, True
+        with torch.no_grad():
+            said.append(model.eval()(**inputs).logits.softmax(-1))
+    pruner.soft, pruner.soft_in_eval = rows, False
+    assert objective._gap(model.train(), forward, (), inputs) == pytest.approx(
+        (said[0] - said[1]).abs().sum(-1).mean().item() / 2, rel=1e-5
+    )
+    assert model.training
+    assert pruner.soft is rows
+
+
+@pytest.mark.parametrize(("sites", "early"), [((1, 2), [1]), ((0, 1, 2), [0, 1]), ((2,), [2])])
+def test_ranks_are_taught_to_early_layers_and_less_and_less(sites, early):
+    model, objective = distilling(HEAD, top(sites=sites, rank_weight=0.5, target_macs=0.9))
+    helper = next(helper for helper in objective.helpers if isinstance(helper, RankingLoss))
+    assert helper.early == early
+    found = []
+    for progress in (0.0, 0.5, 1.0):
+        objective.moment = Moment("anneal", 0.0)  # nothing is dropped yet
+        helper.prepare(objective)
+        objective.taught = objective.teacher(**make_inputs("bert", HEAD))
+        with torch.no_grad():
+            model.token_pruner.objective = None
+            model(**make_inputs("bert", HEAD))
+        objective.moment = Moment("anneal", progress)
+        found.append(helper.losses(objective)["ranking"].item())
+    assert found[0] > 0
+    assert [value / found[0] for value in found] == pytest.approx([1, 0.505, 0.01])
