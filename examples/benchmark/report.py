@@ -171,7 +171,8 @@ def over_tasks(runs, method):
             return ""
         differences.append(100 * (mean(group, "score") - mean(dense, "score")))
         reductions.append(mean(group, "reduction", "true_length"))
-    return f"{round(statistics.fmean(differences), 1) + 0.0:+.1f} ({statistics.fmean(reductions):.2f} x)"
+    difference = round(statistics.fmean(differences), 1)
+    return f"{f'{difference:+.1f}' if difference else '0.0'} ({statistics.fmean(reductions):.2f} x)"
 
 
 COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same dense model, which is also its teacher:

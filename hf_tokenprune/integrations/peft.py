@@ -111,8 +111,14 @@ class PruningTuner:
             adapters.mount()
 
     def _mount(self):
-        if self.adapters is not None:
-            self.adapters.mount()
+        adapters = self.adapters
+        if adapters is None:
+            return
+        others = (part for part in self.model.modules() if isinstance(part, BaseTunerLayer) and part is not adapters)
+        merged = next((part.merged_adapters for part in others if hasattr(part, "merged_adapters")), None)
+        if merged is not None:  # a forward without adapters unmerges them, and says so to nobody
+            adapters.merged_adapters = list(merged)
+        adapters.mount()
 
     def set_adapter(self, *args, **kwargs):
         super().set_adapter(*args, **kwargs)
