@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from files import UNPRUNED
 from tqdm import tqdm
 
 import hf_tokenprune.modeling
@@ -31,7 +32,7 @@ def main(arguments=None):
     for result in (bar := tqdm(results, unit="card")):
         bar.set_description(result.stem)
         run = json.loads(result.read_text())
-        if run["method"] in ("dense", "dense-longer"):  # they are not pruned
+        if run["method"] in UNPRUNED:
             continue
         configs = [folder / result.stem / "config.json" for folder in (args.models, args.output)]
         config = next((file for file in configs if file.is_file()), None)

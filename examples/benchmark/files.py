@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -11,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import torch
-import transformers
 
 import hf_tokenprune as tp
+from hf_tokenprune import subject
 from hf_tokenprune.writing import write_file
+
+UNPRUNED = ("dense", "dense-longer")  # methods from which nothing goes, so that they have no budget
 
 
 def write_json(path, content):
@@ -51,8 +51,7 @@ def fingerprint(folder):
 
 def versions():
     """Of the software that could change the numbers; `revision`: the last commit that touched the package, if git knows."""
-    modules = {"torch": torch, "transformers": transformers, "datasets": datasets, "hf_tokenprune": tp}
-    known = {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
+    known = {**subject.versions(), "datasets": datasets.__version__}
     folder = Path(tp.__file__).parent
     asked = ["git", "-C", str(folder), "log", "-1", "--format=%h", "--", "."]
     try:

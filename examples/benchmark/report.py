@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from files import write_text
+from files import UNPRUNED, write_text
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from tables import markdown, put
@@ -27,20 +27,8 @@ TITLES = {
 }
 BUSY = 2.0  # programs that want a core at the same time; times are of one thread
 MAIN = {"top": "ToP", "structured": "StructuredPruning", "structured+top": "Compose", "infor-coef": "InforCoef"}
-ORDER = (
-    "dense",
-    "dense-longer",
-    "topk",
-    "topk-trained",
-    "top-attention",
-    "top-alone",
-    "top",
-    "structured",
-    "structured+top",
-    "infor-coef",
-)
-
-
+PRUNED = ("topk", "topk-trained", "top-attention", "top-alone", "top", "structured", "structured+top", "infor-coef")
+ORDER = (*UNPRUNED, *PRUNED)
 SAME = ("data", "split", "rows", "limited")
 
 
@@ -126,7 +114,7 @@ def overview(runs, columns=None):
         runs: what `load` gives.
         columns: `{method: title}`; by default all methods, by their own names.
     """
-    columns = {name: name for name in ORDER[2:]} if columns is None else columns
+    columns = {name: name for name in PRUNED} if columns is None else columns
     columns = {name: title for name, title in columns.items() if any(run["method"] == name for run in runs)}
     methods = list(columns)
     rows = [["task", "dense", "trained on", "target", *columns.values()]]
@@ -245,8 +233,8 @@ def plot(task, groups, file):
         lines[method].append((mean(runs, "reduction", "true_length"), statistics.fmean(scores), spread))
     for method, points in lines.items():
         x, y, spread = zip(*sorted(points), strict=True)
-        if method in ("dense", "dense-longer"):
-            style = {"dense": "--", "dense-longer": ":"}[method]
+        if method in UNPRUNED:
+            style = dict(zip(UNPRUNED, ("--", ":"), strict=True))[method]
             axes.axhline(y[0], color="black", linestyle=style, linewidth=1, label=method)
         else:
             axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.5, capsize=3, label=method)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import dense
 import torch
-from files import fingerprint, new_folder, versions, write_json
+from files import UNPRUNED, fingerprint, new_folder, versions, write_json
 from methods import METHODS, prune
 from tasks import TASKS, predict
 from tqdm import tqdm
@@ -60,7 +60,7 @@ def main(arguments=None):
         for name in args.tasks
         for seed in args.seeds
         for method in args.methods
-        for budget in ([1.0] if method in ("dense", "dense-longer") else args.budgets)
+        for budget in ([1.0] if method in UNPRUNED else args.budgets)
     ]
     tokenizer = AutoTokenizer.from_pretrained(args.model or dense.minilm())
     loaded = None, None

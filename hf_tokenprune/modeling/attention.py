@@ -82,7 +82,12 @@ def weighted_softmax(scores, weight):
         total = (above * weight).sum(-1, keepdim=True)
         total = total + (total == 0)
         at_one = total * (scores - top - total.log()).sigmoid()
-    counted = torch.where(weight == 0, at_one, above) * weight
+    return shared_out(above, weight, at_one)
+
+
+def shared_out(amounts, weight, at_one):
+    """Shares of keys that count `weight` times; `at_one`: the amounts by which those of weight 0 are heard in the gradient."""
+    counted = torch.where(weight == 0, at_one, amounts) * weight
     total = counted.sum(-1, keepdim=True)
     return counted / (total + (total == 0))
 

@@ -10,6 +10,7 @@ from inspect import signature
 
 import torch
 
+from .attention import shared_out
 from .calls import active
 
 
@@ -62,9 +63,7 @@ def reweighted(shares, weight):
         total = (shares * weight).sum(-1, keepdim=True)
         total = total + (total == 0)
         at_one = total * shares / (total + shares)
-    counted = torch.where(weight == 0, at_one, shares) * weight
-    total = counted.sum(-1, keepdim=True)
-    return counted / (total + (total == 0))
+    return shared_out(shares, weight, at_one)
 
 
 @torch.compiler.disable
