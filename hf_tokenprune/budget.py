@@ -53,7 +53,7 @@ class Budget:
         self.scorers = {layer: site.reads for layer, site in sites.items() if getattr(site, "scorer", None) is not None}
         self.protected = pruner.family.summary_tokens
         self.pooled_head = pruner.pooled_head
-        self.all_ask = bool(pruner.family.probabilities)
+        self.asks_alone = pruner.pooled_asks_alone
 
     def share(self, kept, lengths, shapes=None):
         """The share of the dense model's MACs on the real tokens (full last layer) that is spent.
@@ -77,7 +77,7 @@ class Budget:
             entering, alive = alive, alive * kept.get(layer, 1.0)
             if self.pooled_head and layer == len(shapes) - 1:
                 tokens = self._tokens(entering, lengths)
-                queries = self._pairs(entering, lengths) if self.all_ask else tokens
+                queries = tokens if self.asks_alone else self._pairs(entering, lengths)
                 spent = spent + shape.before * tokens + shape.attention * queries + shape.after * lengths.samples
             else:
                 spent = spent + self._layer(shape, entering, alive, lengths)

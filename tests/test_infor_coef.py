@@ -484,7 +484,10 @@ def spread(model):
             sampler.net[4].weight.normal_(std=0.1)
 
 
-NAMES = [("bert", HEAD), ("distilbert", HEAD), ("modernbert", HEAD), ("vit", IMAGES), ("bert", "ForTokenClassification")]
+NAMES = [
+    ("bert", HEAD), ("distilbert", HEAD), ("modernbert", HEAD), ("deberta-v2", HEAD), ("vit", IMAGES),
+    ("bert", "ForTokenClassification"),
+]  # fmt: skip
 
 
 @pytest.mark.usefixtures("gates_without_noise")

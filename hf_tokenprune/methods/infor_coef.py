@@ -392,9 +392,10 @@ class SamplingCost:
             counts = torch.bincount(self.sequence, weights=alive[layer].double(), minlength=len(self.least))
             counts = counts.maximum(self.least)
             pooled = pruner.pooled_head and layer == len(self.shapes) - 1
-            total, squares = counts.sum().item(), (counts.sum() if pooled else (counts * counts).sum()).item()
+            total = counts.sum().item()
+            pairs = total if pooled and pruner.pooled_asks_alone else (counts * counts).sum().item()
             after = self.least.sum().item() if pooled else total
-            spent += shape.before * total + shape.after * after + shape.attention * squares + pruner.macs(layer, arrived)
+            spent += shape.before * total + shape.after * after + shape.attention * pairs + pruner.macs(layer, arrived)
             arrived = total
         return spent / self.dense
 

@@ -102,6 +102,11 @@ class LayerCall:
         """Must this layer's attention say what each token receives?"""
         return self.watched or self.site is not None
 
+    @property
+    def asking(self):
+        """The rows whose attention is computed, or None for all."""
+        return None if self.watched or not self.pruner.pooled_asks_alone else self.pooled
+
     def attend(self, query, key, value, dropout, scaling, window, causal):
         """Attention of this layer; chooses the survivors on the way."""
         active.call = self
@@ -114,7 +119,7 @@ class LayerCall:
             query, key, value, self.batch,
             dropout=dropout, scaling=scaling, window=window, causal=causal,
             importance=self.needs_importance,
-            asking=None if self.watched else self.pooled,
+            asking=self.asking,
             differentiable=self.differentiable,
             say=None if self.pruner.structure is None else self.pruner.structure.say(self.layer),
         )  # fmt: skip
@@ -184,8 +189,7 @@ class LayerCall:
 
     def trace(self):
         entered = self.batch.lengths
-        all_ask = self.pooled is None or self.watched or self.pruner.family.probabilities
-        asking = entered if all_ask else [min(n, 1) for n in entered]
+        asking = entered if self.asking is None else [min(n, 1) for n in entered]
         return LayerTrace(self.arrived, entered, asking, self.survivors.lengths)
 
 

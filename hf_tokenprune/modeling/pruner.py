@@ -139,6 +139,12 @@ class TokenPruner(nn.Module):
         return self.sites[name] if name in self.sites else None
 
     @property
+    def pooled_asks_alone(self):
+        """Is the token that a pooled head reads the only one that asks in the last layer? Attention that a family computes itself
+        computes all."""
+        return self.pooled_head and not self.family.probabilities
+
+    @property
     def is_soft(self):
         """Do gates stand in for the selectors?"""
         return bool(self.soft) and (self.training or self.soft_in_eval)

@@ -213,7 +213,7 @@ def _packed_macs(shapes, pruner):
     macs = [shape.whole(lengths) for shape in shapes]
     if pruner.pooled_head:
         ones = [1] * len(lengths)
-        queries = lengths if pruner.family.probabilities else ones
+        queries = ones if pruner.pooled_asks_alone else lengths
         macs[-1] = shapes[-1].macs(entered=lengths, queries=queries, survived=ones)
     return macs
 
