@@ -117,19 +117,15 @@ def families():
     return markdown(rows)
 
 
-NAMES = {"structured+top": "compose"}  # in a config
-
-
 def methods():
-    """Every method by its class, its name for the command line, what it says of itself, and its paper."""
-    from hf_tokenprune.model_card import METHODS as PAPERS
-    from hf_tokenprune.run import METHODS
+    """Every method by its class, its name for the command line, what it says of itself, and its papers."""
+    from hf_tokenprune.methods import METHODS
 
     rows = [["method", "`--method`", "what it does", "paper"]]
-    for name, kind in METHODS.items():
+    for kind in METHODS:
         says = " ".join(inspect.getdoc(kind).split("\n\n")[0].split())
-        paper = PAPERS[NAMES.get(name, name.replace("-", "_"))][1]
-        rows.append([f"`{kind.__name__}`", f"`{name}`", says.rstrip("."), f"[{paper}](https://arxiv.org/abs/{paper})"])
+        papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in kind.papers)
+        rows.append([f"`{kind.__name__}`", f"`{kind.option}`", says.rstrip("."), papers])
     return markdown(rows)
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from .errors import ConfigError
+from .methods import METHODS, ToP
 from .modeling.modeling_token_pruned import read_config
 
 FILE = "README.md"
@@ -25,12 +26,7 @@ SECTION = re.compile(
     re.S,
 )
 SENTENCE_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
-METHODS = {
-    "top": ("ToP", "2306.14393"),
-    "structured": ("Structured pruning (CoFi)", "2204.00408"),
-    "infor_coef": ("Infor-Coef", "2305.12458"),
-    "compose": ("Structured pruning (CoFi) and ToP under one budget", "2306.14393"),
-}
+KNOWN = {kind.name: kind for kind in METHODS}
 
 
 def make_card(
@@ -88,7 +84,7 @@ def make_card(
         "max_length": f"{evaluation['max_length']} tokens" if "max_length" in evaluation else None,
         "kept": [f"{share:.0%}" for share in evaluation.get("kept", ())],
         "plot": plot if evaluation.get("kept") else None,
-        "made": _made(pruning),
+        "made": _made(pruning, evaluation.get("kept", ())),
         "settings": json.dumps(pruning["method"], indent=2) if pruning.get("method") else None,
         "plain": "" if sentence_class else _plain(pruning),
         "hashes": "\n".join(f"{hashlib.sha256(content).hexdigest()}  {file}" for file, content in sorted(code.items())),
@@ -244,22 +240,42 @@ def _times(latency):
     }
 
 
-def _made(pruning):
+def _made(pruning, kept):
     settings, shapes = pruning.get("method") or {}, pruning.get("shapes")
-    known = METHODS.get(settings.get("name"))
-    said = [f"Method: {known[0]} ([arXiv {known[1]}](https://arxiv.org/abs/{known[1]}))." if known else "Without training."]
-    if not known and settings:
-        said = [f"Method: {settings.get('name')}."]
-    layers = ", ".join(str(site["layer"]) for site in pruning["sites"])
-    learned = any("hidden" in site["selector"] and site["selector"]["kind"] == "rank_bins" for site in pruning["sites"])
-    by = ", by a learned importance (the paper's is the attention received)" if learned else ""
-    said.append(f"Tokens are dropped in layers {layers} (counted from 0){by}." if layers else "No tokens are dropped.")
+    known = KNOWN.get(settings.get("name"))
+    if known:
+        papers = ", ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in known.papers)
+        said = [f"Method: {known.title} ({papers}).{_unlike_top(settings)}"]
+    else:
+        said = [f"Method: {settings.get('name')}." if settings else "Without training."]
+    sites = [site["layer"] for site in pruning["sites"]]
+    layers = ", ".join(map(str, sites))
+    said.append(f"Tokens are dropped in layers {layers} (counted from 0)." if sites else "No layer drops tokens.")
+    if len(kept) - 1 not in sites and min(kept, default=1) < min(kept[:-1], default=1):
+        said.append("The last layer computes only the token that the head reads.")
     if shapes:
         heads, units = (", ".join(str(layer[part]) for layer in shapes["layers"]) for part in ("heads", "units"))
         said.append(
             f"Weights were cut. What is left: hidden size {shapes['hidden']}, attention heads {heads}, FFN units {units}."
         )
     return " ".join(said)
+
+
+def _unlike_top(settings):
+    """In what a ToP is not its paper's."""
+    own = settings.get("tokens", settings)
+    if own.get("name") != ToP.name:
+        return ""
+    other = [
+        said
+        for said, is_so in (
+            ("importance is learned, not the attention received", own.get("importance") == "learned"),
+            ("its ranking is not distilled", not own.get("rank_weight")),
+            ("the budget is held by projection, not by a Lagrangian", settings.get("constraint") == "projected"),
+        )
+        if is_so
+    ]
+    return f" Other than in the paper of ToP: {'; '.join(other)}." if other else ""
 
 
 def _loading(sentence_class, auto_class, where):

@@ -16,27 +16,16 @@ from typing import Any, get_args, get_origin, get_type_hints
 from transformers import Trainer
 from transformers.utils import logging
 
+from . import methods
 from .errors import ConfigError, TokenPruneError, TrainingError
-from .methods.compose import Compose
+from .methods.compose import PARTS, Compose, own_settings
 from .methods.gated import GatedMethod
-from .methods.infor_coef import InforCoef
-from .methods.structured import StructuredPruning
-from .methods.top import ToP
 from .schedule import PHASES, Moment, Schedule
 from .training import TokenPruneCallback
 
 logger = logging.get_logger(__name__)
 
-METHODS = {"top": ToP, "structured": StructuredPruning, "infor-coef": InforCoef, "structured+top": Compose}
-# What the two methods inside of a Compose may be told; all else is told to the Compose.
-COMPOSED = {
-    "weights": (StructuredPruning, ("parts",)),
-    "tokens": (
-        ToP,
-        ("sites", "rank_bins", "rank_topk", "rank_weight", "importance", "importance_weight", "neighbours", "site_gates"),
-    ),
-}
-WITHOUT_BUDGET = {"infor-coef"}
+METHODS = {kind.option: kind for kind in methods.METHODS}
 
 
 # Options of the command line, made from the fields of the methods.
@@ -45,7 +34,7 @@ WITHOUT_BUDGET = {"infor-coef"}
 def settings() -> dict[str, str]:
     """Every setting of any method by name, with the sentence that its method's docstring begins to explain it with."""
     found: dict[str, str] = {}
-    for kind in dict.fromkeys(METHODS.values()):
+    for kind in METHODS.values():
         listed = re.search(r"^ *Args:\n(.*?)\n\n", inspect.cleandoc(kind.__doc__ or "") + "\n\n", re.DOTALL | re.MULTILINE)
         texts = dict(re.findall(r"^    (\w+): ((?:.|\n {8})*)", listed[1] if listed else "", re.MULTILINE))
         for name in _kinds(kind):
@@ -78,13 +67,13 @@ def make_method(name: str, given: Mapping[str, str]) -> GatedMethod:
             raise ConfigError(f"{_option(setting)} is no option of --method {name}, but of {' and '.join(owners)}.")
     values = {setting: _read(setting, text, kinds[setting]) for setting, text in given.items()}
     budgets = [budget for budget in ("target_macs", "target_params") if budget in kinds]
-    if name not in WITHOUT_BUDGET and all(values.get(budget) is None for budget in budgets):
+    if METHODS[name].needs_budget and all(values.get(budget) is None for budget in budgets):
         raise ConfigError(f"--method {name} needs a budget: {' or '.join(_option(b) + ' 0.4' for b in budgets)}, for instance.")
     if METHODS[name] is not Compose:
         return METHODS[name](**values)
     inner = {}
-    for part, (kind, own) in COMPOSED.items():
-        inner[part] = kind(**{setting: values.pop(setting) for setting in own if setting in values})
+    for part, kind in PARTS.items():
+        inner[part] = kind(**{setting: values.pop(setting) for setting in own_settings(kind) if setting in values})
     return Compose(**inner, **values)
 
 
@@ -93,9 +82,9 @@ def _kinds(method):
     hints = get_type_hints(method)
     if method is not Compose:
         return {name: hints[name] for name in method.__dataclass_fields__}
-    kinds = {name: hints[name] for name in method.__dataclass_fields__ if name not in COMPOSED}
-    for kind, own in COMPOSED.values():
-        kinds.update({name: get_type_hints(kind)[name] for name in own})
+    kinds = {name: hints[name] for name in method.__dataclass_fields__ if name not in PARTS}
+    for kind in PARTS.values():
+        kinds.update({name: get_type_hints(kind)[name] for name in own_settings(kind)})
     return kinds
 
 

@@ -74,6 +74,33 @@ def test_nothing_is_said_that_is_not_known(folder):
         assert title not in card.text
 
 
+def test_what_is_unlike_the_papers_method_is_said(folder):
+    """Of a ToP also where it is a part of a run with weights, whose constraint it is then."""
+    config = read_folder(folder)
+
+    def said(method, kept=()):
+        config["token_pruning"]["method"] = method
+        return make_card(config, code_of(folder), {"kept": list(kept)} if kept else None, name="tiny").text
+
+    paper = tp.ToP(target_macs=0.5, importance="attention", rank_weight=1.0, constraint="lagrangian")
+    assert "Other than in the paper" not in said(paper.settings())
+    assert "ranking is not distilled" in said(tp.ToP(target_macs=0.5).settings())
+    both = tp.Compose(tp.StructuredPruning(), tp.ToP(importance="attention", rank_weight=1.0), target_macs=0.4)
+    text = said(both.settings())
+    assert "Other than in the paper of ToP: the budget is held by projection, not by a Lagrangian." in text
+    assert all(f"https://arxiv.org/abs/{paper}" in text for paper in ("2306.14393", "2204.00408"))
+    assert "Other than" not in said(tp.StructuredPruning(target_macs=0.5).settings())
+
+
+def test_a_last_layer_that_is_no_site_but_computes_one_token_is_told(folder):
+    config = read_folder(folder)
+    config["token_pruning"]["sites"] = []
+    for kept, told in (([1.0, 1.0, 0.03], True), ([1.0, 1.0, 1.0], False), ([], False)):
+        text = make_card(config, code_of(folder), {"kept": kept}, name="tiny").text
+        assert "No layer drops tokens." in text
+        assert ("only the token that the head reads" in text) == told
+
+
 @pytest.mark.parametrize("what", ["mixed", "a layer", "an FFN", "units"])
 def test_what_a_plain_class_makes_of_cut_weights_is_said_right(tmp_path, what):
     cut_model("bert", HEAD, what).save_pretrained(tmp_path)

@@ -346,6 +346,12 @@ def test_sites_that_are_no_dictionary_are_refused(sites):
         tp.attach(build("bert", "Model"), sites)
 
 
+def test_a_method_that_is_no_dictionary_is_refused():
+    """Cards are made from it."""
+    with pytest.raises(tp.errors.ConfigError, match="by hand"):
+        tp.attach(build("bert", "Model"), {1: tp.TopK(0.5)}, method="by hand")
+
+
 def test_a_site_in_the_last_layer_of_a_pooled_head_is_refused():
     with pytest.raises(tp.errors.ConfigError, match="pooled token"):
         tp.attach(build("bert", "ForSequenceClassification"), {DEPTH - 1: tp.TopK(0.5)})

@@ -35,7 +35,7 @@ from ..modeling.shapes import shape_map
 from ..schedule import Schedule
 
 TYPE = "TOKEN_PRUNE"
-METHODS = {"top": ToP, "infor_coef": InforCoef}
+METHODS = {kind.name: kind for kind in (ToP, InforCoef)}
 PREFIX = "pruners."
 
 

@@ -5,9 +5,16 @@ from dataclasses import dataclass, replace
 from ..budget import Budget
 from ..errors import ConfigError
 from .budgeted import BudgetedGates
-from .gated import GatedMethod, plain_settings
+from .gated import GatedMethod
 from .structured import StructuredObjective, StructuredPruning, WeightGates
 from .top import ToP
+
+PARTS = {"weights": StructuredPruning, "tokens": ToP}
+
+
+def own_settings(kind):
+    """The settings that a method keeps for itself inside of a `Compose`: those that are not of the whole run."""
+    return tuple(name for name in kind.__dataclass_fields__ if name not in (*GatedMethod.__dataclass_fields__, "target_params"))
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Compose(GatedMethod):
         20
     """
 
+    name, option, title = "compose", "structured+top", "Structured pruning (CoFi) and ToP under one budget"
+    papers = (*StructuredPruning.papers, *ToP.papers)
     cuts_weights = True
 
     weights: StructuredPruning
@@ -40,13 +49,14 @@ class Compose(GatedMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, kind in (("weights", StructuredPruning), ("tokens", ToP)):
-            method = getattr(self, name)
+        for part, kind in PARTS.items():
+            method = getattr(self, part)
             if not isinstance(method, kind):
-                raise ConfigError(f"Compose({name}={method!r}): give a {kind.__name__} there.")
-            plain = kind()
-            shared = [field for field in (*GatedMethod.__dataclass_fields__, "target_params") if hasattr(plain, field)]
-            given = [field for field in shared if getattr(method, field) != getattr(plain, field)]
+                raise ConfigError(f"Compose({part}={method!r}): give a {kind.__name__} there.")
+            plain, own = kind(), own_settings(kind)
+            given = [
+                name for name in kind.__dataclass_fields__ if name not in own and getattr(method, name) != getattr(plain, name)
+            ]
             if given:
                 raise ConfigError(f"{kind.__name__}({given[0]}=...) inside of Compose has no effect: give it to Compose.")
         if self.teacher is None:
@@ -57,8 +67,7 @@ class Compose(GatedMethod):
 
     def settings(self):
         """The settings as plain values, for `config.token_pruning`."""
-        parts = {name: getattr(self, name).settings() for name in ("weights", "tokens")}
-        return {**plain_settings(self, "compose"), **parts}
+        return {**super().settings(), **{name: getattr(self, name).settings() for name in PARTS}}
 
     def attach(self, model):
         """Pack the model, and put gates on its weights and on ranks of its tokens.
@@ -71,7 +80,7 @@ class Compose(GatedMethod):
         """
         self.need_target()
         self.weights.prepare(model, self.settings())
-        sites = self.tokens.place(model, self.settings(), None)
+        sites = self.tokens.place(model, None, within=lambda own: {**self.settings(), "tokens": own})
         projected = self.constraint == "projected"
         weights = WeightGates(model, self.weights.layout(model))
         bins = self.tokens.bins(model, sites, in_order=projected)

@@ -20,9 +20,21 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GatedMethod:
-    """What the configs of all gated methods share; see `ToP` for the arguments."""
+    """What the configs of all gated methods share; see `ToP` for the arguments.
 
-    cuts_weights = False  # at the end of a phase, out of the model in training
+    Attributes:
+        name: in `config.token_pruning`.
+        option: on the command line.
+        title: for people.
+        papers: their arXiv numbers.
+        needs_budget: does it do nothing without one?
+        cuts_weights: does it cut weights out of the model in training, at the end of a phase?
+    """
+
+    name = option = title = ""
+    papers = ()
+    needs_budget = True
+    cuts_weights = False
 
     target_macs: float | None = None
     teacher: object = "self"
@@ -61,6 +73,17 @@ class GatedMethod:
         """The layer-wise distillation as a list of one helper, or of none if it has no weight."""
         return [LayerDistillation(model, state, self.layer_weight, matched)] if self.layer_weight > 0 else []
 
+    def settings(self):
+        """The settings as plain values, for `config.token_pruning`."""
+        teacher = self.teacher
+        if isinstance(teacher, nn.Module):
+            teacher = type(teacher).__name__
+        elif teacher is not None:
+            teacher = os.path.basename(str(teacher))
+        fields = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        return {"name": self.name, **fields, "teacher": teacher, "schedule": asdict(self.schedule)}
+
     def need_target(self):
         """Raise ConfigError if no budget was given."""
         if self.target_macs is None:
@@ -84,18 +107,6 @@ def check_schedule(method, static=False):
         method.refuse("schedule", "a hf_tokenprune.Schedule")
     if method.schedule.static and not static:
         method.refuse("schedule", "a Schedule without a static phase, which is InforCoef's")
-
-
-def plain_settings(method, name):
-    """A method's settings as plain values, for `config.token_pruning`."""
-    teacher = method.teacher
-    if isinstance(teacher, nn.Module):
-        teacher = type(teacher).__name__
-    elif teacher is not None:
-        teacher = os.path.basename(str(teacher))
-    fields = {key: getattr(method, key) for key in method.__dataclass_fields__}
-    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-    return {"name": name, **fields, "teacher": teacher, "schedule": asdict(method.schedule)}
 
 
 class GatedObjective(Objective):

@@ -16,7 +16,7 @@ from ..processes import total_of
 from ..schedule import Schedule, ramp
 from .base import Helper
 from .budgeted import BudgetedGates
-from .gated import GatedMethod, check_schedule, is_number, plain_settings
+from .gated import GatedMethod, check_schedule, is_number
 from .structured import StructuredObjective, StructuredPruning, WeightGates
 
 logger = logging.get_logger(__name__)
@@ -66,6 +66,9 @@ class InforCoef(GatedMethod):
         2
     """
 
+    name, option, title, papers = "infor_coef", "infor-coef", "Infor-Coef", ("2305.12458",)
+    needs_budget = False
+
     static_macs: float | None = 0.4
     norm_weight: float = 0.1
     entropy_weight: float = 0.01
@@ -107,10 +110,6 @@ class InforCoef(GatedMethod):
 
     def _static(self):
         return StructuredPruning(target_macs=self.static_macs or 0.5, parts=self.parts)
-
-    def settings(self):
-        """The settings as plain values, for `config.token_pruning`."""
-        return plain_settings(self, "infor_coef")
 
     def attach(self, model):
         """Pack the model, put a sampler before every layer, and gates on its weights.

@@ -16,7 +16,7 @@ from ..processes import agreed, count, renew
 from ..structure import PARTS, Layout, StructureGates
 from ..surgery import operate
 from .budgeted import BudgetedGates, Part
-from .gated import GatedMethod, GatedObjective, is_number, plain_settings
+from .gated import GatedMethod, GatedObjective, is_number
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +49,7 @@ class StructuredPruning(GatedMethod):
         ('heads', 'units')
     """
 
+    name, option, title, papers = "structured", "structured", "Structured pruning (CoFi)", ("2204.00408",)
     cuts_weights = True
 
     target_params: float | None = None
@@ -65,10 +66,6 @@ class StructuredPruning(GatedMethod):
             not isinstance(self.parts, (tuple, list)) or not self.parts or not all(part in PARTS for part in self.parts)
         ):
             self.refuse("parts", f"a tuple of some of {', '.join(PARTS)}, as in ('heads', 'units'), or None")
-
-    def settings(self):
-        """The settings as plain values, for `config.token_pruning`."""
-        return plain_settings(self, "structured")
 
     def attach(self, model):
         """Pack the model and put gates on its weights.

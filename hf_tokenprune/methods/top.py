@@ -17,7 +17,7 @@ from ..modeling.selection import RankBins, relative_rank
 from ..schedule import ramp
 from .base import Helper
 from .budgeted import BudgetedGates, Part
-from .gated import GatedMethod, GatedObjective, plain_settings
+from .gated import GatedMethod, GatedObjective
 from .saliency import SaliencyLoss, padded_importance
 
 logger = logging.get_logger(__name__)
@@ -85,6 +85,7 @@ class ToP(GatedMethod):
         50
     """
 
+    name, option, title, papers = "top", "top", "ToP", ("2306.14393",)
     NEIGHBOURS = 16  # what SQuAD's answers are made of lies together; on short texts 0 does as well
 
     sites: tuple[int, ...] | None = None
@@ -120,10 +121,6 @@ class ToP(GatedMethod):
         if self.importance == "learned" and self.rank_weight:
             self.refuse("rank_weight", 'for importance="attention" only: a learned one has a loss of its own')
 
-    def settings(self):
-        """The settings as plain values, for `config.token_pruning`."""
-        return plain_settings(self, "top")
-
     def attach(self, model):
         """Pack the model, put rank-bin selectors at the sites and gates beside them.
 
@@ -134,7 +131,7 @@ class ToP(GatedMethod):
             UnsupportedModelError, ConfigError: as `hf_tokenprune.attach`; or the sites cannot reach `target_macs`.
         """
         self.need_target()
-        sites = self.place(model, self.settings(), self.target_macs)
+        sites = self.place(model, self.target_macs)
         bins = self.bins(model, sites, in_order=self.constraint == "projected")
         gates = BudgetedGates(
             model, [bins], Budget(model),
@@ -160,8 +157,14 @@ class ToP(GatedMethod):
     def _gates_sites(self, model):
         return not self.learns(model) if self.site_gates is None else self.site_gates
 
-    def place(self, model, settings, target):
-        """Attach selectors to the model. Returns the sites, in order of layers."""
+    def place(self, model, target, within=lambda own: own):
+        """Attach selectors to the model. Returns the sites, in order of layers.
+
+        Args:
+            model: the model.
+            target: share of the dense model's MACs that tokens alone are to reach, or None.
+            within: makes of ToP's own settings those of the whole run.
+        """
         probe = TokenPruner(model, make_config())
         possible = probe.possible_sites()
         learned = self.learns(model)  # then tokens rank well in the first layer, too, where attention does not tell yet
@@ -185,11 +188,11 @@ class ToP(GatedMethod):
             protected = model.token_pruner.protected_ids
             _take_over(model.token_pruner.sites, selectors)
         # What was left open, as it is in this model.
-        settings.get("tokens", settings).update(
-            sites=sites, importance="learned" if learned else "attention", site_gates=self._gates_sites(model),
-            neighbours=self._near(model) if learned else 0,
-        )  # fmt: skip
-        attach(model, selectors, protected, method=settings)
+        own = {
+            **self.settings(), "sites": sites, "importance": "learned" if learned else "attention",
+            "neighbours": self._near(model) if learned else 0, "site_gates": self._gates_sites(model),
+        }  # fmt: skip
+        attach(model, selectors, protected, method=within(own))
         return sites
 
     def _reads(self, model, probe, site):

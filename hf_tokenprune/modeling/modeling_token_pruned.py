@@ -261,6 +261,8 @@ def read_config(config):
                 SELECTORS[kind](**selector)
         except TypeError as error:
             raise damaged(f"the selector at layer {layer} has the settings {_short(selector)} ({_short(error)})") from None
+    if not isinstance(config.get("method", {}), dict):
+        raise damaged(f"method is {_short(config['method'])}, not a dictionary")
     if "shapes" in config:
         check_shapes(config["shapes"])
     return config
@@ -280,7 +282,7 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
             SparseEncoder, a PeftModel.
         sites: a dictionary `{layer: selector}` (or pairs of them).
         protected_token_ids: ids of tokens that are never dropped, besides the summary token.
-        method: how the selectors were trained, kept in the config for people to read.
+        method: how the selectors were trained, kept in the config for people to read: a dictionary of plain values.
 
     Returns:
         The same model; the transformers model is now of class `TokenPruned<its class>`.
@@ -297,6 +299,8 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
     for layer, selector in sites.items():
         if type(layer) is not int or layer < 0 or not isinstance(selector, Selector):
             raise ConfigError(f"attach(sites={{{layer!r}: {selector!r}}}): sites are {{number of a layer, from 0: selector}}.")
+    if not isinstance(method, dict | None):
+        raise ConfigError(f"attach(method={method!r}): give a dictionary, such as {{'name': {str(method)!r}}}.")
     if len({id(selector) for selector in sites.values()}) < len(sites):
         raise ConfigError("attach(sites=...) has the same selector at two layers. Make one for each.")
     if not isinstance(protected_token_ids, (list, tuple)) or not all(
