@@ -30,6 +30,7 @@ from hf_tokenprune.bench import bench
 from hf_tokenprune.schedule import Moment
 from hf_tokenprune.surgery import operate
 from hf_tokenprune.teacher import dense_copy
+from hf_tokenprune.writing import write_file
 
 SHAPES = {
     "6x384": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -75,7 +76,7 @@ def main():
     if "training" in args.parts:
         report["training"] = [training_step(args.shapes[0], tokenizer, texts[:32], args)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1))
+    write_file(args.output, json.dumps(report, indent=1))
     show(report)
 
 
@@ -138,9 +139,10 @@ def training_step(shape, tokenizer, texts, args):
     steps = {}
     for name in ("dense", "anneal", "anneal, teacher"):
         model = BertForSequenceClassification(dense.config)
-        objective = tp.ToP(target_macs=0.4, importance="attention").attach(model)
+        teacher = "self" if "teacher" in name else None  # without one, importance is the attention received
+        objective = tp.ToP(target_macs=0.4, teacher=teacher).attach(model)
         objective.start_run(1e-4, {"anneal": 100})
-        objective.teacher = dense_copy(dense) if "teacher" in name else None
+        objective.teacher = dense_copy(dense) if teacher else None
         steps[name] = (model.train(), objective, torch.optim.AdamW(model.parameters(), lr=1e-4))
     moments = [0.1, 0.3, 0.5, 0.7, 0.9]
     seconds = {name: [[] for _ in moments] for name in steps}
@@ -149,11 +151,14 @@ def training_step(shape, tokenizer, texts, args):
             for name, (model, objective, optimizer) in steps.items():
                 objective.moment = Moment("dense" if name == "dense" else "anneal", progress)
                 start = time.perf_counter()
+                objective.begin_step()
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = model(**batch).loss
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+                objective.close_gates()
+                objective.end_step()
                 objective.harden()
                 if repeat:
                     seconds[name][i].append(time.perf_counter() - start)

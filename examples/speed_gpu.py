@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, BertConfig, set_seed
 
 import hf_tokenprune as tp
 from hf_tokenprune.bench import bench
+from hf_tokenprune.writing import write_file
 
 SITES = {4: KEEPS, 2: {"6x384": {1: 0.5, 3: 0.4}, "12x768": {3: 0.5, 7: 0.4}}}
 
@@ -53,7 +54,7 @@ def main():
             report["rows"].append(row)
             print(json.dumps({key: value for key, value in row.items() if key != "bench"}), flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1))
+    write_file(args.output, json.dumps(report, indent=1))
 
 
 def words(tokenizer, count, lengths):

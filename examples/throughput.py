@@ -22,6 +22,7 @@ import transformers
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import hf_tokenprune as tp
+from hf_tokenprune.writing import write_file
 
 SHAPES = {
     "2x128": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
@@ -120,7 +121,7 @@ def report(seconds, args):
         "versions": {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}},
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**circumstances, "results": results}, indent=1) + "\n")
+    write_file(args.output, json.dumps({**circumstances, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

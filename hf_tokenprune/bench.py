@@ -65,7 +65,7 @@ def bench(
         folder_or_model: a folder with a model and its tokenizer, or a text encoder in memory, which is left as it is.
         texts: strings, or pairs of strings for a model that reads pairs.
         tokenizer: the tokenizer of a model in memory.
-        batch_sizes: texts per batch; each is measured on all texts. A last batch may be smaller.
+        batch_sizes: texts per batch, at most as many as there are; each is measured on all texts. A last batch may be smaller.
         max_length: longer texts are cut to so many tokens, and it is the length that padded MACs are counted at. By default
             128, or what the model can read if that is less.
         threads: CPU threads; by default as many as torch uses.
@@ -110,6 +110,7 @@ def bench(
     max_length = check_length(max_length, model, tokenizer, pairs)
     models = contenders(model)
     features = tokenise(tokenizer, texts, pairs, max_length)
+    batch_sizes = list(dict.fromkeys(min(size, len(texts)) for size in batch_sizes))
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     threads_before = torch.get_num_threads()

@@ -14,6 +14,7 @@ from .errors import ConfigError, TokenPruneError
 from .explain import explain
 from .publish import push
 from .reporting import report
+from .results import told_busy
 from .run import METHODS, make_method, run_script, settings
 from .sample_text import TEXTS
 from .subject import read_texts
@@ -176,8 +177,8 @@ def format_bench(result: dict) -> str:
         f"{last['reduction']['padded']:.2f}x fewer than dense padded to {result['max_length']}",
         "tokens that leave each layer: " + " ".join(f"{tokens:.1f}" for tokens in last["tokens_per_layer"]),
     ]
-    if (result["load_average"] or 0) > 1:
-        lines.append(f"(the machine was busy before this began, load {result['load_average']:.1f}: do not trust the times)")
+    if busy := told_busy(result["load_average"]):
+        lines.append(busy)
     return "\n".join(lines)
 
 

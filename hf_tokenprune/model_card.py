@@ -16,6 +16,7 @@ from transformers.modelcard import TASK_MAPPING
 from .errors import ConfigError
 from .methods import METHODS, ToP
 from .modeling.modeling_token_pruned import read_config
+from .results import told_busy
 
 FILE = "README.md"
 PLOT = "tokens_per_layer.png"
@@ -230,13 +231,13 @@ def _rows(evaluation):
 def _times(latency):
     ms = {int(size): times for size, times in latency["ms"].items()}
     contenders = list(next(iter(ms.values())))
-    busy = " The machine was busy with other work at that time." if (latency.get("load_average") or 0) > 1 else ""
     threads = latency["threads"]
     return {
         "latency": [(size, [f"{times[name]:.2f}" for name in contenders]) for size, times in ms.items()],
         "contenders": contenders,
-        "machine": f"{latency['machine']} ({threads} thread{'s' * (threads != 1)}, {latency['dtype']})",
-        "busy": busy,
+        "machine": f"{latency['machine']} ({threads} thread{'s' * (threads != 1)}, {latency['dtype']})"
+        + (f", {latency['texts']} texts" if "texts" in latency else ""),
+        "busy": told_busy(latency.get("load_average")),
     }
 
 

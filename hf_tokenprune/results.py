@@ -2,7 +2,7 @@
 
 All entries are optional: `task`, `split`, `metric`, `score` and `dense_score`; `reduction` with `true_length` and `padded` (see
 `cost.py`); `max_length`, the length that padded MACs are counted at; `tokens` per sample, and `kept`, for each layer the share of
-them that leaves it; `latency` with `machine`, `threads`, `dtype`, `load_average` and `ms`: milliseconds per sample of each
+them that leaves it; `latency` with `machine`, `texts`, `threads`, `dtype`, `load_average` and `ms`: milliseconds per sample of each
 contender of `bench`, by batch size.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from .errors import ConfigError
 
 NO_SCORES = {"loss", "runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time"}
+BUSY = 1.5  # cores in use in the minute before a measurement
 COUNTS = ("reduction", "max_length", "tokens", "kept")
 OURS = ("macs_realised", "tokens_after_")
 
@@ -59,6 +60,18 @@ def read_results(files: Sequence, settings: Mapping | None = None) -> dict:
         pruned = {name: dense[name] for name in ("task", "split", "metric")}
     merged = {**timed, **pruned, **({"latency": timed["latency"]} if timed else {})}
     return {**merged, **({"dense_score": dense["score"]} if dense else {})}
+
+
+def told_busy(load: float | None) -> str:
+    """What is to be said of times that were taken at such a load average, if anything.
+
+    Example:
+        >>> told_busy(2.0)
+        'In the minute before, 2.0 cores were busy (with training, perhaps): the times may be too long.'
+    """
+    if load is None or load <= BUSY:
+        return ""
+    return f"In the minute before, {load:.1f} cores were busy (with training, perhaps): the times may be too long."
 
 
 def joined(before: Mapping, measured: Mapping) -> dict:
@@ -171,8 +184,10 @@ def _counts(result, tokens):
 
 def _latency(result):
     ms = {
-        int(entry["batch_size"]): {str(name): float(value) for name, value in entry["ms"].items() if value is not None}
+        min(int(entry["batch_size"]), int(result["texts"])): {
+            str(name): float(value) for name, value in entry["ms"].items() if value is not None
+        }
         for entry in result["results"]
     }
-    known = {"threads": result["threads"], "dtype": result["dtype"], "load_average": result.get("load_average")}
+    known = {name: result[name] for name in ("texts", "threads", "dtype")} | {"load_average": result.get("load_average")}
     return {"machine": str(result["gpu"] or result["cpu"]), **known, "ms": ms}

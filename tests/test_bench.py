@@ -244,6 +244,11 @@ def test_max_length_is_at_most_what_the_model_reads(folders):
     assert result["tokens_per_text"] == (64 + 3) / 2
 
 
+def test_a_batch_is_no_larger_than_there_are_texts(folders):
+    result = bench(folders["pruned"], ["the cat", "home"], batch_sizes=[1, 8, 32], repeats=1)
+    assert [entry["batch_size"] for entry in result["results"]] == [1, 2]
+
+
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.parquet"])
 def test_texts_are_read_from_files(data, name):
     assert read_texts(data / name, ["first"], limit=5) == SENTENCES

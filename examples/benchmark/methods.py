@@ -47,6 +47,14 @@ def top_attention(budget, teacher):
     return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="attention")
 
 
+def top_paper(budget, teacher):
+    """All as in the paper, but for the number of steps: importance, its ranking distilled, gates of whole sites, a Lagrangian."""
+    return tp.ToP(
+        target_macs=budget, teacher=teacher, schedule=PHASES, importance="attention", rank_weight=1.0, site_gates=True,
+        constraint="lagrangian", layer_weight=0.0,
+    )  # fmt: skip
+
+
 def both(budget, teacher):
     return tp.Compose(tp.StructuredPruning(), tp.ToP(), target_macs=budget, teacher=teacher, schedule=PHASES)
 
@@ -73,6 +81,7 @@ METHODS = {
     "top": Method(top),
     "top-alone": Method(top_alone),
     "top-attention": Method(top_attention),
+    "top-paper": Method(top_paper),
     "structured": Method(structured),
     "structured+top": Method(both),
     "infor-coef": Method(infor_coef),

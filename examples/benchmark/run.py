@@ -24,6 +24,8 @@ import hf_tokenprune as tp
 from hf_tokenprune.bench import bench
 from hf_tokenprune.subject import cpu_name
 
+BATCHES = 1, 32  # texts; what is timed
+
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,14 +44,17 @@ def parse(arguments=None):
     smaller.add_argument("--epochs", type=float, help="of a method's training")
     smaller.add_argument("--learning-rate", type=float, help="of a method's training; default: as the dense model's")
     smaller.add_argument("--batch-size", type=int, help="of a method's training")
-    smaller.add_argument("--bench-texts", type=int, help="texts to time, 0 = do not time")
+    smaller.add_argument("--bench-texts", type=int, help="texts to time, 32 or more; 0 = do not time")
     smaller.add_argument("--bench-repeats", type=int, default=3)
     smaller.add_argument(
         "--held-out",
         action="store_true",
         help="to choose settings: report on the held-out split, without timing, into <output>/held-out",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.bench_texts is not None and 0 < args.bench_texts < max(BATCHES):
+        parser.error(f"--bench-texts {args.bench_texts}: batches of {max(BATCHES)} are timed, so give that many or more, or 0.")
+    return args
 
 
 def main(arguments=None):
@@ -86,7 +91,10 @@ def result_file(args, name, method, budget, seed):
     stem = f"{name}-{method}-{budget:g}-{seed}"
     if not args.held_out:
         return args.results / f"{stem}.json"
-    tried = "".join(f"-{value:g}" for value in (args.learning_rate, args.epochs) if value is not None)
+    chosen = (args.learning_rate, args.epochs, args.batch_size, args.train_limit, args.eval_limit)
+    tried = "".join(
+        f"-{name}{value:g}" for name, value in zip(("", "", "b", "t", "e"), chosen, strict=True) if value is not None
+    )
     return args.output / "held-out" / f"{stem}{tried}.json"
 
 
@@ -163,7 +171,7 @@ def measure(task, splits, args, model, tokenizer):
         texts,
         device="cpu",
         tokenizer=tokenizer,
-        batch_sizes=(1, 32),
+        batch_sizes=BATCHES,
         max_length=task.max_length,
         repeats=args.bench_repeats,
     )

@@ -52,7 +52,7 @@ class Task:
     epochs: int = 3
     batch_size: int = 32
     method_epochs: int = 2
-    bench_texts: int = 32
+    bench_texts: int = 128
     metric: str = "accuracy"
 
     def load(self, data_dir=None, train_limit=None, eval_limit=None):
@@ -258,11 +258,11 @@ TASKS = {
         ),
         Task(
             name="20newsgroups", hub=("SetFit/20_newsgroups",), columns=("text",), max_length=512, labels=20,
-            learning_rates=(2e-4,), bench_texts=16,
+            learning_rates=(2e-4,),
         ),
         SpanAnswers(
             name="squad", hub=("rajpurkar/squad",), columns=("question", "context"), max_length=384, report="validation",
-            group="title", learning_rates=(2e-4,), method_epochs=4, bench_texts=16,
+            group="title", learning_rates=(2e-4,), method_epochs=4,
         ),
     )
 }  # fmt: skip

@@ -5,6 +5,7 @@ from importlib import resources
 from string import Template
 
 from ..depth import Grid
+from ..results import told_busy
 from .plots import inline
 from .shades import shades
 
@@ -172,10 +173,8 @@ def _method(report):
         f"MACs are means over all samples. Milliseconds are per sample, on the first {machine['timed']} as one batch: medians of "
         f"{machine['repeats']} repeats after a first pass, {machine['processor']}, {machine['threads']} threads, {machine['dtype']}."
     ]
-    if (machine["load_average"] or 0) > 1:
-        lines.append(
-            f"The machine was busy before this began (load {machine['load_average']:.1f}): do not trust the milliseconds."
-        )
+    if busy := told_busy(machine["load_average"]):
+        lines.append(busy)
     if report.pruned or report.was_cut:
         lines.append(
             "Dense is the model before anything was cut, packed: no work on padding, nothing dropped. Of a model whose weights "
