@@ -5,6 +5,8 @@ import math
 import torch
 from torch.nn import functional
 
+from ..precision import at_least_float32
+
 
 def lambda_arp2(scores, relevance, mask, *, sigma=1.0):
     """LambdaARP2, a smooth bound of the average relevance position (Wang et al. 2018, "The LambdaLoss Framework for Ranking
@@ -29,7 +31,7 @@ def lambda_arp2(scores, relevance, mask, *, sigma=1.0):
         >>> lambda_arp2(torch.tensor([[1.0, 2.0, 3.0]]), relevance, mask)
         tensor([9.9263])
     """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~mask, 0)
+    scores = at_least_float32(scores).masked_fill(~mask, 0)
     relevance = relevance.detach().to(scores.dtype).masked_fill(~mask, 0)
     gain = (relevance[:, :, None] - relevance[:, None, :]).clamp(min=0) * (mask[:, :, None] & mask[:, None, :])
     lead = scores[:, :, None] - scores[:, None, :]
@@ -54,7 +56,7 @@ def listwise(scores, relevance, mask):
         >>> listwise(relevance.log(), relevance, mask).abs() < 1e-6, listwise(-relevance.log(), relevance, mask) > 0.5
         (tensor(True), tensor(True))
     """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~mask, torch.finfo(torch.float32).min)
+    scores = at_least_float32(scores).masked_fill(~mask, torch.finfo(torch.float32).min)
     relevance = relevance.detach().to(scores.dtype).masked_fill(~mask, 0)
     shares = relevance / relevance.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
     return (torch.xlogy(shares, shares) - shares * scores.log_softmax(1)).sum(1).mean()
@@ -93,7 +95,7 @@ def ranking_distillation(student, teacher, mask, *, top_k=20, scale=None, sigma=
     taken = mask.gather(1, order)
     if scale is None:
         scale = mask.sum(1, keepdim=True)
-    scores = student.to(torch.promote_types(student.dtype, torch.float32)).gather(1, order) * scale
+    scores = at_least_float32(student).gather(1, order) * scale
     relevance = torch.arange(order.shape[1] - 1, -1, -1, device=order.device).expand_as(order)
     losses = lambda_arp2(scores, relevance, taken, sigma=sigma)
     return (losses / taken.sum(1).clamp(min=1) ** 2).mean()

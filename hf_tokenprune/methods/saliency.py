@@ -22,7 +22,7 @@ class SaliencyLoss(Helper):
     def __init__(self, model, weight):
         self.weight, self.separate = weight, is_separate(model)
         self.layers = list(get_layers(*find_encoder(model)))
-        self.gradients = None
+        self.targets = {}  # by site, `(B, S)`: what its scorer is taught about the present batch
 
     def prepare(self, objective):
         teacher = objective.teacher
@@ -35,14 +35,16 @@ class SaliencyLoss(Helper):
             get_layers(*find_encoder(teacher))[0].register_forward_pre_hook(_let_it_have_a_gradient)
 
     def trace(self, objective, taught):
-        """Find the gradients of what the teacher has said, a model output made with gradients; then take these from it."""
+        """Find out what hangs on each token in what the teacher has said, a model output made with gradients; then take these
+        from it."""
         calls = objective.teacher.token_pruner.last_forward.calls
         learn = self._who_learns(objective)
         if learn:
+            calls_above = calls[min(learn.values()) :]
             said = sum(_said(*reading, self.separate) for reading in _readings(objective, taught, calls[0].batch))
             # Scaled as the loss is: in half precision the gradients of a text that nothing hangs on would be lost.
-            asked = [call.entered for call in calls[min(learn.values()) :]]  # what earlier layers say nobody hears
-            self.gradients = torch.autograd.grad(said * objective.loss_scale(), asked)
+            gradients = torch.autograd.grad(said * objective.loss_scale(), [call.entered for call in calls_above])
+            self.targets = _targets(learn, calls_above, gradients)
         for call in calls:
             call.entered, call.left = call.entered.detach(), call.left.detach()
         for name, value in taught.items():
@@ -50,19 +52,13 @@ class SaliencyLoss(Helper):
                 taught[name] = value.detach()
 
     def losses(self, objective):
-        if self.gradients is None:
-            return {}
-        gradients, self.gradients = self.gradients, None
-        theirs = objective.teacher.token_pruner.last_forward.calls
-        lowest = len(theirs) - len(gradients)
-        norms = [gradient.float().norm(dim=-1, keepdim=True) for gradient in gradients]
-        ahead = from_here_on([call.batch.unpack(norm)[..., 0] for call, norm in zip(theirs[lowest:], norms, strict=True)])
+        targets, self.targets = self.targets, {}
+        calls = objective.pruner.last_forward.calls
         losses = []
-        for site, layer in self._who_learns(objective).items():
-            call = objective.pruner.last_forward.calls[site]
-            scores, mask = padded_importance(call, call.protected)
-            losses.append(listwise(scores, ahead[layer - lowest], mask))
-        return {"importance": self.weight * torch.stack(losses).mean()}
+        for site, target in targets.items():
+            scores, mask = padded_importance(calls[site], calls[site].protected)
+            losses.append(listwise(scores, target, mask))
+        return {"importance": self.weight * torch.stack(losses).mean()} if losses else {}
 
     def _who_learns(self, objective):
         """The sites that had importance in the student's forward, and the teacher's layer for each. While settling, those have none
@@ -75,6 +71,14 @@ class SaliencyLoss(Helper):
                 was = site if len(left) == len(self.layers) else self.layers.index(left[site])  # before layers were cut out
                 found[site] = was * theirs // len(self.layers)
         return found
+
+
+def _targets(learn, calls, gradients):
+    """By site, `(B, S)`: what hangs on each token in the teacher's layer for it or later; from the calls of the teacher's last
+    layers and the gradients of what entered them, `(1, T, H)`."""
+    norms = [gradient.float().norm(dim=-1, keepdim=True) for gradient in gradients]
+    ahead = from_here_on([call.batch.unpack(norm)[..., 0] for call, norm in zip(calls, norms, strict=True)])
+    return {site: ahead[layer - calls[0].layer] for site, layer in learn.items()}
 
 
 def from_here_on(saliency):
@@ -127,9 +131,5 @@ def _said(tensor, real, separate):
 
 def padded_importance(call, stays):
     """A layer's importance as `(B, S)`, and which of these entries are tokens that it saw, but for those that stay anyway, `(T,)`."""
-    batch = call.batch
-    size = batch.batch_size * batch.seq_len
-    flat = call.importance.new_zeros(size).index_copy(0, batch.index, call.importance)
-    mask = torch.zeros(size, dtype=torch.bool, device=flat.device)
-    mask.index_copy_(0, batch.index, ~stays)
-    return flat.view(batch.batch_size, -1), mask.view(batch.batch_size, -1)
+    importance, mask = (call.batch.unpack(row[None, :, None])[..., 0] for row in (call.importance, ~stays))
+    return importance, mask
