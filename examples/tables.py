@@ -152,7 +152,7 @@ def benchmark():
     sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
     import report
 
-    return report.overview(report.load(ROOT / "results" / "benchmark"), report.MAIN)
+    return report.overview(report.load(ROOT / "results" / "benchmark", ROOT / "model_cards"), report.MAIN)
 
 
 def read(name):

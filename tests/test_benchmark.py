@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel, BertTokenizerFast
+
+import hf_tokenprune as tp
+from hf_tokenprune.surgery import operate
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmark"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the checkout")
@@ -392,6 +395,34 @@ def test_means_over_tasks(bench, runs):
     lost = (-5.5 + 3.1) / 2  # at 2 and 2.5 times fewer MACs
     assert smallest.endswith(f"|  |  |  | -15.0 (2.00 x, 1 of 2 tasks) | {lost:+.1f} (2.25 x) |")
     assert larger.endswith(f"|  |  |  |  | {lost:+.1f} (2.50 x) |")
+
+
+@pytest.mark.parametrize("head", [BertForSequenceClassification, BertForTokenClassification])
+def test_what_cut_weights_save_alone_is_what_they_save_where_no_token_is_dropped(bench, tmp_path, head):
+    config = BertConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24, vocab_size=40)
+    model = tp.pack(head(config).eval())
+    operate(model, hidden=range(12), heads=[range(n) for n in (1, 2, 0, 3)], units=[range(n) for n in (24, 0, 0, 7)])
+
+    def cost(model):
+        meter = tp.cost.CostMeter(model, max_length=9)
+        for count in (3, 9, 4):
+            model(input_ids=torch.ones(1, count, dtype=torch.long))
+            meter.update()
+        return meter.cost
+
+    alone = cost(model).true_length_reduction
+    spent = cost(tp.attach(model, {1: tp.TopK(0.5)}))
+    run = {**made("mrpc", "structured+top", 0.4, 0, 0.8), "macs": {"dense": spent.dense / spent.sequences}}
+    run.update(tokens=spent.tokens, tokens_per_layer=spent.tokens_per_layer)
+    run["reduction"]["true_length"] = spent.true_length_reduction
+    bench.files.write_json(tmp_path / "results" / "both.json", run)
+    bench.files.write_json(tmp_path / "results" / "other.json", {**run, "method": "structured", "seed": 1})
+    model.save_pretrained(tmp_path / "cards" / "both")
+    both, other = bench.report.load(tmp_path / "results", tmp_path / "cards")
+    assert both["by_weights"] == pytest.approx(alone)
+    assert 1 < alone < spent.true_length_reduction
+    assert bench.report.cell([both], None) == f"80.0 ({spent.true_length_reduction:.1f} x, {alone:.1f} x by weights)"
+    assert bench.report.cell([both, other], None).endswith(f"({spent.true_length_reduction:.1f} x)"), "one is not known"
 
 
 def test_seeds_of_unlike_settings_are_not_averaged(bench, runs, tmp_path):

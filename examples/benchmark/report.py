@@ -11,7 +11,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+import transformers
 from files import UNPRUNED, write_text
+from transformers import AutoConfig
+
+from hf_tokenprune.cost import dense_layer_shapes, layer_shapes
+from hf_tokenprune.modeling.modeling_token_pruned import token_pruned_class
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from tables import markdown, put
@@ -28,6 +34,7 @@ TITLES = {
 BUSY = 2.0  # programs that want a core at the same time; times are of one thread
 MAIN = {"top": "ToP", "structured": "StructuredPruning", "structured+top": "Compose", "infor-coef": "InforCoef"}
 PRUNED = ("topk", "topk-trained", "top-attention", "top-alone", "top", "structured", "structured+top", "infor-coef")
+BOTH = ("structured+top", "infor-coef")  # these drop tokens and cut weights
 ORDER = (*UNPRUNED, *PRUNED)
 MEANS = (  # over tasks: at a method's first target that lies between two
     ("mean difference from dense, each task at the method's smallest target", 1, float("inf")),
@@ -36,11 +43,14 @@ MEANS = (  # over tasks: at a method's first target that lies between two
 SAME = ("data", "split", "rows", "limited")
 
 
-def load(folder):
-    """All runs in a folder. Seeds of one method must have been run with the same settings on the same data: they are averaged; and
-    each beside the dense model that it began from."""
-    files = sorted(Path(folder).glob("*.json"))
-    runs = [json.loads(file.read_text()) for file in files if not file.name.startswith("dense-")]
+def load(folder, cards=None):
+    """All runs in a folder, with `by_weights` where the folder of cards has the model's sizes. Seeds of one method must have been run
+    with the same settings on the same data: they are averaged; and each beside the dense model that it began from."""
+    files = [file for file in sorted(Path(folder).glob("*.json")) if not file.name.startswith("dense-")]
+    runs = [json.loads(file.read_text()) for file in files]
+    for run, file in zip(runs, files, strict=True):
+        if cards and run["method"] in BOTH and (Path(cards) / file.stem / "config.json").exists():
+            run["by_weights"] = by_weights(run, Path(cards) / file.stem)
     known, dense = {}, {(run["task"], run["seed"]): run.get("dense_model") for run in runs if run["method"] == "dense"}
     for run in runs:
         name = f"{run['task']}, {run['method']} {run['budget']:g}"
@@ -60,6 +70,25 @@ def load(folder):
                 f"of {now}. Remove one of them."
             )
     return runs
+
+
+def by_weights(run, folder):
+    """The reduction on true lengths that the weights cut out of a run's model give if every token is kept."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = token_pruned_class(getattr(transformers, config.architectures[0]))(config)
+    shapes, dense, tokens = layer_shapes(model), dense_layer_shapes(model), run["tokens"]
+    # Texts differ in length: how many tokens a token sees on average, more than their mean, the dense model's MACs tell.
+    linear, attention = (sum(values) for values in zip(*((s.before + s.after, s.attention) for s in dense), strict=True))
+    seen = (run["macs"]["dense"] / tokens - linear) / attention
+    queries, left = [seen] * len(shapes), [tokens] * len(shapes)
+    if run["tokens_per_layer"][-1] == 1:  # the one that the head reads is computed alone
+        queries[-1] = left[-1] = 1
+    spent = (
+        shape.macs(entered=[tokens], queries=[asking], survived=[stay])
+        for shape, asking, stay in zip(shapes, queries, left, strict=True)
+    )
+    return run["macs"]["dense"] / sum(spent)
 
 
 def settings(given, path=""):
@@ -136,12 +165,13 @@ def overview(runs, columns=None):
 
 
 def cell(runs, dense, reached=True):
-    """`81.1 (2.4 x)`; or `81.1 of 81.9 (2.4 x)`, with the dense score of the same seeds, where dense has more."""
+    """`81.1 (2.4 x)`; or `81.1 of 81.9 (2.4 x, 2.3 x by weights)`, with the dense score of the same seeds, where dense has more."""
     if not runs:
         return ""
     same = of_seeds(dense or [], runs)
     beside = f" of {percent(same, 'score')}" if len(same) < len(dense or []) else ""
-    saved = f" ({mean(runs, 'reduction', 'true_length'):.1f} x)" if reached else ""
+    alone = f", {mean(runs, 'by_weights'):.1f} x by weights" if all("by_weights" in run for run in runs) else ""
+    saved = f" ({mean(runs, 'reduction', 'true_length'):.1f} x{alone})" if reached else ""
     return f"{percent(runs, 'score')}{beside}{saved}"
 
 
@@ -176,8 +206,10 @@ COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the 
 fine-tuned for 2 to 4 epochs with the learning rate and of the epoch that were best on held-out data (two rates were tried for MRPC
 and STS-B, one elsewhere). A method trains on, for 2 to 5 more epochs, taught by it: what that alone gives says "trained on", where
 nothing goes and all else is as for `structured`. "target" is the reduction of MACs asked for, in brackets the one reached, on the
-real tokens. A score is to be compared with "dense", or, where dense was run with more seeds, with the score after "of", which is
-dense's with the same seeds; ± is the standard deviation over two or three seeds, scores without are of one. Blank: not measured.
+real tokens, and "by weights" what it would be if no token were dropped (the dense model itself has about 1.1 x when it is packed:
+where the head reads one token, its last layer computes no more). A score is to be compared with "dense", or, where dense was run
+with more seeds, with the score after "of", which is dense's with the same seeds; ± is the standard deviation over seeds, scores
+without are of one. Blank: not measured.
 In the last rows a method that was not measured on all tasks says on how many.
 CPUs round differently, so the dense model of one seed is not the same on all: MRPC's of seed 1 has 79.0 here, and had 79.5 where
 `structured` began from it. Variants of `top` were measured with the importance of an older version. SQuAD is trained on the
@@ -262,7 +294,7 @@ def main(arguments=None):
     parser.add_argument("--cards", type=Path, default=Path("model_cards"))
     parser.add_argument("--no-plots", action="store_true")
     args = parser.parse_args(arguments)
-    runs = load(args.results)
+    runs = load(args.results, args.cards)
     if not runs:
         raise SystemExit(f"There are no results in {args.results}; make some with run.py.")
     write_text(args.readme, put(args.readme.read_text(), "benchmark", overview(runs, MAIN)))
