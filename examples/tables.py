@@ -147,12 +147,12 @@ def methods():
     return markdown(rows)
 
 
-def benchmark():
-    """The overview of `examples/benchmark`."""
+def benchmark(name):
+    """A table of `examples/benchmark/report.py`, of the main methods."""
     sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
     import report
 
-    return report.overview(report.load(ROOT / "results" / "benchmark", ROOT / "model_cards"), report.MAIN)
+    return getattr(report, name)(report.load(ROOT / "results" / "benchmark", ROOT / "model_cards"), report.MAIN)
 
 
 def read(name):
@@ -166,7 +166,8 @@ TABLES = {
     "speed-gpu": lambda: speed_gpu(read("speed-gpu"), read("speed-gpu-slow-host")),
     "ddp": lambda: ddp(read("ddp")),
     "cutting": lambda: cutting(read("speed")),
-    "benchmark": benchmark,
+    "benchmark": lambda: benchmark("overview"),
+    "control": lambda: benchmark("control"),
     "methods": methods,
     "families": families,
 }

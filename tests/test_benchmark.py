@@ -397,6 +397,24 @@ def test_means_over_tasks(bench, runs):
     assert larger.endswith(f"|  |  |  |  | {lost:+.1f} (2.50 x) |")
 
 
+def test_the_control_is_of_the_same_seeds_and_says_how_many(bench, runs):
+    """Nothing where they share none; seed 0 of `top` has no control here."""
+    runs += [made("mrpc", "dense-longer", 1.0, seed, 0.84) for seed in (1, 2)]
+    runs += [made("mrpc", "infor-coef", 0.4, seed, score) for seed, score in ((1, 0.82), (2, 0.85))]
+    runs += [made("stsb", "dense", 1.0, 0, 0.9), made("stsb", "top", 0.4, 0, 0.931)]
+    for run in runs:
+        run["training"] = {"epochs": 5.0 if run["method"] == "infor-coef" else 3.0}
+    assert bench.report.control(runs).splitlines()[2:] == [
+        "| task | target | top | infor-coef |",
+        "|---|---|---|---|",
+        "| MRPC (3 epochs) | 2.0 x | -3.0 (1 seed) |  |",
+        "| MRPC (3 epochs) | 2.5 x | -3.0 (1 seed) | -0.5 (2 seeds, 5 epochs) |",
+    ]
+    assert bench.report.control(runs, {"infor-coef": "InforCoef"}).splitlines()[-1].count("|") == 4
+    assert "| epochs | seeds |" in bench.report.page("mrpc", bench.report.by_task(runs)["mrpc"])
+    assert bench.report.control(runs[:5]) == ""
+
+
 @pytest.mark.parametrize("head", [BertForSequenceClassification, BertForTokenClassification])
 def test_what_cut_weights_save_alone_is_what_they_save_where_no_token_is_dropped(bench, tmp_path, head):
     config = BertConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24, vocab_size=40)
@@ -455,16 +473,21 @@ def test_seeds_of_unlike_settings_are_not_averaged(bench, runs, tmp_path):
 
 
 def test_report_writes_pages_and_plots(bench, runs, tmp_path):
+    runs.append(made("mrpc", "dense-longer", 1.0, 1, 0.84))
     for number, run in enumerate(runs):
+        run["training"] = {"epochs": 2.0} if run["method"] != "dense" else None
         bench.files.write_json(tmp_path / "results" / f"{number}.json", run)
-    (tmp_path / "README.md").write_text("<!-- table:benchmark -->\n<!-- end -->\n")
+    (tmp_path / "README.md").write_text("<!-- table:benchmark -->\n<!-- end -->\n<!-- table:control -->\n<!-- end -->\n")
     arguments = ["--results", tmp_path / "results", "--readme", tmp_path / "README.md", "--cards", tmp_path / "cards"]
     arguments = [str(argument) for argument in arguments]
     bench.report.main([*arguments, "--no-plots"])
-    assert "| 86.0 ± 1.4 |  | 2.0 x |" in (tmp_path / "README.md").read_text()
-    assert bench.report.overview(runs) in (tmp_path / "cards" / "README.md").read_text()
+    assert "| 86.0 ± 1.4 | 84.0 of 87.0 | 2.0 x |" in (tmp_path / "README.md").read_text()
+    assert "| MRPC (2 epochs) | 2.0 x | -3.0 (1 seed) |" in (tmp_path / "README.md").read_text()
+    index = (tmp_path / "cards" / "README.md").read_text()
+    assert bench.report.overview(runs) in index
+    assert bench.report.control(runs) in index
     page = (tmp_path / "cards" / "mrpc.md").read_text()
-    assert "| top | 2.0 x | 80.5 ± 0.7 | 80.5 ± 0.7 | 2.00 x | 6.00 x | 3.00 x | 3.00 x | 2 |" in page
+    assert "| top | 2.0 x | 80.5 ± 0.7 | 80.5 ± 0.7 | 2.00 x | 6.00 x | 3.00 x | 3.00 x | 2 | 2 |" in page
     assert page.index("| dense |") < page.index("| topk |") < page.index("| top |")
     pytest.importorskip("matplotlib")
     bench.report.main(arguments)

@@ -1,7 +1,7 @@
 """Tables and plots from the JSON files of `run.py`: `python examples/benchmark/report.py`.
 
-Writes a page with a plot per task to model_cards/, and one over all tasks; and the main methods' part of that to README.md, between
-`<!-- table:benchmark -->` and `<!-- end -->`.
+Writes a page with a plot per task to model_cards/, and one over all tasks; and the main methods' part of that to README.md, where it
+has `<!-- table:benchmark -->` or `<!-- table:control -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -176,7 +176,7 @@ def cell(runs, dense, reached=True):
 
 
 def of_seeds(dense, runs):
-    """The dense runs of the seeds that these runs have."""
+    """The runs of the first kind, dense ones mostly, of the seeds that the others have."""
     return [run for run in dense if run["seed"] in {other["seed"] for other in runs}]
 
 
@@ -194,6 +194,38 @@ def over_tasks(runs, method, least, most):
         return ""
     some = f", {len(differences)} of {len(tasks)} tasks" if len(differences) < len(tasks) else ""
     return f"{signed(statistics.fmean(differences))} ({statistics.fmean(reductions):.2f} x{some})"
+
+
+def control(runs, columns=None):
+    """A row per task and budget, a column per method: how its score differs from the control's, where they share seeds."""
+    columns = {name: name for name in PRUNED} if columns is None else columns
+    found = defaultdict(dict)
+    for task, groups in by_task(runs).items():
+        longer = groups.get(("dense-longer", 1.0), [])
+        title = f"{TITLES.get(task, task)} ({epochs(longer)} epochs)"
+        for (method, budget), group in sorted(groups.items(), key=lambda item: -item[0][1]):
+            if method in columns and of_seeds(longer, group):
+                found[title, f"{1 / budget:.1f} x"][method] = beyond(group, longer)
+    if not found:
+        return ""
+    columns = {name: title for name, title in columns.items() if any(name in cells for cells in found.values())}
+    rows = [[*key, *(cells.get(name, "") for name in columns)] for key, cells in found.items()]
+    said = "Points above or below the control: the same seeds' dense models, trained on for the epochs in brackets, nothing pruned."
+    return f"{said}\n\n{markdown([['task', 'target', *columns.values()], *rows])}"
+
+
+def beyond(runs, longer):
+    """`-0.5 (2 seeds)`: by how much runs differ from those of the control, in the seeds that both have; and epochs, if other."""
+    longer = of_seeds(longer, runs)
+    difference = 100 * (mean(of_seeds(runs, longer), "score") - mean(longer, "score"))
+    trained = f", {epochs(runs)} epochs" if epochs(runs) != epochs(longer) else ""
+    return f"{signed(difference)} ({len(longer)} seed{'s' * (len(longer) > 1)}{trained})"
+
+
+def epochs(runs):
+    """How long runs were trained, `3`; nothing where they were not."""
+    number = (runs[0].get("training") or {}).get("epochs") if runs else None
+    return f"{number:g}" if number else ""
 
 
 def signed(points):
@@ -225,7 +257,7 @@ questions about 44 articles.
 def index(runs):
     """The page over all tasks, as Markdown."""
     pages = [f"* [{TITLES.get(task, task)}]({task}.md)" for task in by_task(runs)]
-    return "\n\n".join(["# Results", COLUMNS, overview(runs), "\n".join(pages)]) + "\n"
+    return "\n\n".join(["# Results", COLUMNS, overview(runs), control(runs), "\n".join(pages)]) + "\n"
 
 
 def page(task, groups):
@@ -234,12 +266,12 @@ def page(task, groups):
     others = [name for name in first["scores"] if name != first["metric"]]
     score = NAMES.get(first["metric"], first["metric"])
     head = ["method", "target", score, *(NAMES.get(name, name) for name in others)]
-    head += ["reduction, true length", "reduction, padded", "speed-up, batch 1", "speed-up, batch 32", "seeds"]
+    head += ["reduction, true length", "reduction, padded", "speed-up, batch 1", "speed-up, batch 32", "epochs", "seeds"]
     rows = [head]
     for (method, budget), runs in groups.items():
         cells = [method, f"{1 / budget:.1f} x", percent(runs, "score"), *(percent(runs, "scores", name) for name in others)]
         cells += [f"{mean(runs, 'reduction', kind):.2f} x" for kind in ("true_length", "padded")]
-        rows.append([*cells, *(speedup(runs, size) for size in ("1", "32")), str(len(runs))])
+        rows.append([*cells, *(speedup(runs, size) for size in ("1", "32")), epochs(runs), str(len(runs))])
     text = [
         f"# {TITLES.get(task, task)}",
         f"{what(groups)[0].upper()}{what(groups)[1:]}. Texts have {first['tokens']:.0f} tokens on average; the padded reduction "
@@ -297,7 +329,8 @@ def main(arguments=None):
     runs = load(args.results, args.cards)
     if not runs:
         raise SystemExit(f"There are no results in {args.results}; make some with run.py.")
-    write_text(args.readme, put(args.readme.read_text(), "benchmark", overview(runs, MAIN)))
+    text = put(args.readme.read_text(), "benchmark", overview(runs, MAIN))
+    write_text(args.readme, put(text, "control", control(runs, MAIN)))
     write_text(args.cards / "README.md", index(runs))
     for task, groups in by_task(runs).items():
         write_text(args.cards / f"{task}.md", page(task, groups))
