@@ -402,13 +402,14 @@ def test_the_control_is_of_the_same_seeds_and_says_how_many(bench, runs):
     runs += [made("mrpc", "dense-longer", 1.0, seed, 0.84) for seed in (1, 2)]
     runs += [made("mrpc", "infor-coef", 0.4, seed, score) for seed, score in ((1, 0.82), (2, 0.85))]
     runs += [made("stsb", "dense", 1.0, 0, 0.9), made("stsb", "top", 0.4, 0, 0.931)]
+    runs.append(made("mrpc", "topk", 0.5, 1, 0.7))
     for run in runs:
-        run["training"] = {"epochs": 5.0 if run["method"] == "infor-coef" else 3.0}
+        run["training"] = {"topk": None, "infor-coef": {"epochs": 5.0}}.get(run["method"], {"epochs": 3.0})
     assert bench.report.control(runs).splitlines()[2:] == [
-        "| task | target | top | infor-coef |",
-        "|---|---|---|---|",
-        "| MRPC (3 epochs) | 2.0 x | -3.0 (1 seed) |  |",
-        "| MRPC (3 epochs) | 2.5 x | -3.0 (1 seed) | -0.5 (2 seeds, 5 epochs) |",
+        "| task | target | topk | top | infor-coef |",
+        "|---|---|---|---|---|",
+        "| MRPC (3 epochs) | 2.0 x | -14.0 (1 seed) | -3.0 (1 seed) |  |",
+        "| MRPC (3 epochs) | 2.5 x |  | -3.0 (1 seed) | -0.5 (2 seeds, 5 epochs) |",
     ]
     assert bench.report.control(runs, {"infor-coef": "InforCoef"}).splitlines()[-1].count("|") == 4
     assert "| epochs | seeds |" in bench.report.page("mrpc", bench.report.by_task(runs)["mrpc"])

@@ -218,7 +218,7 @@ def beyond(runs, longer):
     """`-0.5 (2 seeds)`: by how much runs differ from those of the control, in the seeds that both have; and epochs, if other."""
     longer = of_seeds(longer, runs)
     difference = 100 * (mean(of_seeds(runs, longer), "score") - mean(longer, "score"))
-    trained = f", {epochs(runs)} epochs" if epochs(runs) != epochs(longer) else ""
+    trained = f", {epochs(runs)} epochs" if epochs(runs) not in ("", epochs(longer)) else ""
     return f"{signed(difference)} ({len(longer)} seed{'s' * (len(longer) > 1)}{trained})"
 
 
