@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import ClassLabel, load_dataset
+from tables import demo_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import hf_tokenprune as tp
@@ -206,34 +207,11 @@ def check_in_fresh_process(folder, sample, args):
 
 def print_table(report, folder):
     """Accuracy, MACs by both conventions, milliseconds and speed-ups."""
-    accuracies = report["accuracy"]
-    one, many = report["bench"]["results"]
-    macs = many["macs"]
-    rows = [["", "dense (HF)", "dense, packed", "pruned"]]
-    rows.append(["accuracy %", *(f"{100 * accuracies[key]:.2f}" for key in ("dense", "dense", "pruned"))])
-    rows.append(["MMACs per text", *(f"{macs[key] / 1e6:.0f}" for key in ("dense", "packed_dense", "pruned"))])
-    rows.append(
-        [
-            "reduction, true length",
-            "1",
-            f"{macs['dense'] / macs['packed_dense']:.2f}",
-            f"{many['reduction']['true_length']:.2f}",
-        ]
-    )
-    padded = macs["dense_padded"]
-    rows.append(["reduction, padded", *(f"{padded / macs[key]:.2f}" for key in ("dense", "packed_dense", "pruned"))])
-    for size, entry in ((1, one), (32, many)):
-        ms = entry["ms"]
-        rows.append([f"ms per text, batch {size}", *(f"{ms[key]:.2f}" for key in ("hf_padded", "packed_dense", "pruned"))])
-        rows.append(
-            [
-                f"speed-up, batch {size}",
-                *(f"{ms['hf_padded'] / ms[key]:.2f}" for key in ("hf_padded", "packed_dense", "pruned")),
-            ]
-        )
+    rows = demo_rows(report)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
     for row in rows:
-        print(f"{row[0]:<26}" + "".join(f"{cell:>16}" for cell in row[1:]))
+        print(row[0].ljust(widths[0]) + "".join(cell.rjust(width + 3) for cell, width in zip(row[1:], widths[1:], strict=True)))
     print(
         f"\nTook {report['minutes']['all']:.1f} minutes. The model is in {folder}, the numbers are in {folder.parent / 'demo.json'}."
     )

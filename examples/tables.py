@@ -15,60 +15,74 @@ def markdown(rows):
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def demo(report):
-    """The table that `examples/demo.py` prints."""
+def machine(benches):
+    """Where these measurements by `bench` were made, as a sentence."""
+
+    def each(say):
+        return " or ".join(dict.fromkeys(say(bench) for bench in benches))
+
+    where = each(lambda bench: f"{bench['gpu']} (host: {bench['cpu']})" if bench["gpu"] else bench["cpu"])
+    threads = each(lambda bench: f"{bench['threads']} thread{'s' * (bench['threads'] != 1)}")
+    dtype, texts = each(lambda bench: bench["dtype"]), each(lambda bench: str(bench["texts"]))
+    load = " to ".join(dict.fromkeys(f"{end([bench['load_average'] for bench in benches]):.1f}" for end in (min, max)))
+    versions = each(lambda bench: ", ".join(f"{name} {version}" for name, version in bench["versions"].items()))
+    return f"{where}, {threads}, {dtype}, {texts} texts, load {load}; {versions}."
+
+
+def demo_rows(report):
+    """Cells of the table that `examples/demo.py` prints; each column is of one way to run."""
     one, many = report["bench"]["results"]
     macs, accuracy = many["macs"], report["accuracy"]
-    names = ("dense", "packed_dense", "pruned")
-    rows = [["", "dense, as transformers runs it", "dense, packed", "pruned"]]
-    rows.append(["accuracy, %", *(f"{100 * accuracy[key]:.2f}" for key in ("dense", "dense", "pruned"))])
-    rows.append(["MACs per text, millions", *(f"{macs[name] / 1e6:.0f}" for name in names)])
+    names = ("hf_padded", "hf_sorted", "packed_dense", "pruned")
+    rows = [["", "dense, as transformers runs it", "the same on sorted texts", "dense, packed", "pruned"]]
+    rows.append(["accuracy, %", *(f"{100 * accuracy[key]:.2f}" for key in ("dense", "dense", "dense", "pruned"))])
+    rows.append(["MACs per text, batch 32, millions", *(f"{macs[name] / 1e6:.0f}" for name in names)])
     rows.append(["reduction, true length", *(f"{macs['dense'] / macs[name]:.2f} x" for name in names)])
     rows.append(["reduction, padded", *(f"{macs['dense_padded'] / macs[name]:.2f} x" for name in names)])
-    for size, entry in ((1, one), (32, many)):
-        ms = {"dense": entry["ms"]["hf_padded"], **{name: entry["ms"][name] for name in names[1:]}}
+    for size, ms in ((1, one["ms"]), (32, many["ms"])):
         rows.append([f"ms per text, batch {size}", *(f"{ms[name]:.2f}" for name in names)])
-        rows.append([f"speed-up, batch {size}", *(f"{ms['dense'] / ms[name]:.2f} x" for name in names)])
-    return markdown(rows)
+        rows.append([f"speed-up, batch {size}", *(f"{ms['hf_padded'] / ms[name]:.2f} x" for name in names)])
+    return rows
+
+
+def demo(report):
+    """What `examples/demo.py` prints."""
+    return f"{markdown(demo_rows(report))}\n\nMeasured on: {machine([report['bench']])}"
+
+
+PACKED = ["model", "padded / real tokens", "packed against transformers", "against transformers on sorted texts"]
+
+
+def packed(what, row, ms):
+    """Cells of a row, below `PACKED`."""
+    faster = ms["hf_sorted"] / ms["packed_dense"]
+    return [what, f"{row['padded_over_real']:.2f}", f"{row['packing_speedup']:.2f} x", f"{faster:.2f} x"]
 
 
 def speed(report):
     """What `examples/speed.py` measured, importance being learned as it is by default."""
-    rows = [
-        [
-            "model, head",
-            "padded / real tokens",
-            "packed against transformers",
-            "MACs saved by dropping",
-            "time saved by dropping",
-            "the same at batch 1",
-        ]
-    ]
-    for row in (row for row in report["inference"] if row["importance"] == "learned"):
-        rows.append(
-            [
-                f"{row['shape']}, {row['head']} classification",
-                f"{row['padded_over_real']:.2f}",
-                f"{row['packing_speedup']:.2f} x",
-                f"{row['macs_saved_by_dropping']:.2f} x",
-                f"{row['dropping_speedup']:.2f} x",
-                f"{row['batch_1_dropping_speedup']:.2f} x",
-            ]
-        )
-    return markdown(rows)
+    rows = [[*PACKED, "MACs saved by dropping", "time saved by dropping", "the same at batch 1"]]
+    found = [row for row in report["inference"] if row["importance"] == "learned"]
+    for row in found:
+        what, ms = f"{row['shape']}, {row['head']} classification", row["bench"]["results"][-1]["ms"]
+        saved = [f"{row[name]:.2f} x" for name in ("macs_saved_by_dropping", "dropping_speedup", "batch_1_dropping_speedup")]
+        rows.append([*packed(what, row, ms), *saved])
+    how = "Random weights, a learned importance, shares of tokens set by hand (`KEEPS`)"
+    return f"{markdown(rows)}\n\n{how}. Measured on: {machine([row['bench'] for row in found])}"
 
 
 def speed_gpu(report, slower):
     """What `examples/speed_gpu.py` measured; on a slower host, too."""
-    head = ["model, sites", "padded / real tokens", "packed against transformers", "MACs saved by dropping"]
-    rows = [[*head, "time saved by dropping", "on a host half as fast"]]
+    rows = [[*PACKED, "MACs saved by dropping", "time saved by dropping", "on a host half as fast"]]
     again = {(row["shape"], row["head"], row["sites"]): f"{row['dropping_speedup']:.2f} x" for row in slower["rows"]}
     for row in report["rows"]:
-        saved = [f"{row[name]:.2f} x" for name in ("packing_speedup", "macs_saved_by_dropping", "dropping_speedup")]
+        saved = [f"{row[name]:.2f} x" for name in ("macs_saved_by_dropping", "dropping_speedup")]
         what = f"{row['shape']}, {row['sites']} sites" + (", a label per token" if row["head"] == "token" else "")
         key = row["shape"], row["head"], row["sites"]
-        rows.append([what, f"{row['padded_over_real']:.2f}", *saved, again.get(key, "")])
-    return markdown(rows)
+        rows.append([*packed(what, row, row["bench"]["ms"]), *saved, again.get(key, "")])
+    how = "Random weights, importance is the attention received, shares of tokens set by hand (`SITES`)"
+    here, there = (machine([row["bench"] for row in rows["rows"]]) for rows in (report, slower))
+    return f"{markdown(rows)}\n\n{how}. Measured on: {here} The last column: {there}"
 
 
 def cutting(report):
@@ -77,7 +91,7 @@ def cutting(report):
     for row in report["cutting"]:
         saved, faster, alone = row["macs_saved_by_cutting"], row["cutting_speedup"], row["batch_1_over_hf"]
         rows.append([row["shape"], f"{saved:.2f} x", f"{faster:.2f} x", f"{alone:.2f} x"])
-    return markdown(rows)
+    return f"{markdown(rows)}\n\nRandom weights. Measured on: {machine([row['bench'] for row in report['cutting']])}"
 
 
 def ddp(report):
@@ -129,12 +143,12 @@ def methods():
     return markdown(rows)
 
 
-def benchmark():
-    """The overview of `examples/benchmark`."""
+def benchmark(name):
+    """A table of `examples/benchmark/report.py`, of the main methods."""
     sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
     import report
 
-    return report.overview(report.load(ROOT / "results" / "benchmark"), report.MAIN)
+    return getattr(report, name)(report.load(ROOT / "results" / "benchmark", ROOT / "model_cards"), report.MAIN)
 
 
 def read(name):
@@ -148,7 +162,8 @@ TABLES = {
     "speed-gpu": lambda: speed_gpu(read("speed-gpu"), read("speed-gpu-slow-host")),
     "ddp": lambda: ddp(read("ddp")),
     "cutting": lambda: cutting(read("speed")),
-    "benchmark": benchmark,
+    "benchmark": lambda: benchmark("overview"),
+    "control": lambda: benchmark("control"),
     "methods": methods,
     "families": families,
 }

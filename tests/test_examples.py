@@ -46,7 +46,8 @@ def run(monkeypatch, tmp_path):
         return output
 
     yield script
-    sys.modules.pop("tiny", None)
+    for module in ("tiny", "tables"):
+        sys.modules.pop(module, None)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -133,3 +134,17 @@ def test_the_demo_reads_a_folder_as_people_have_it(tmp_path):
     args.eval_split = "dev"
     with pytest.raises(SystemExit, match="no split 'dev' to evaluate on; it has: train"):
         demo["load"](args)
+
+
+@pytest.mark.usefixtures("run")
+def test_the_demo_prints_the_table_of_the_readme(capsys):
+    demo = runpy.run_path(str(FOLDER / "demo.py"))
+    report = json.loads((FOLDER.parent / "results" / "demo.json").read_text())
+    demo["print_table"](report, Path("runs/demo/pruned"))
+    printed = capsys.readouterr().out.strip().splitlines()
+    readme = (FOLDER.parent / "README.md").read_text()
+    table = readme.partition("<!-- table:demo -->\n")[2].partition("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in (table[0], *table[2:])]
+    for line, row in zip(printed, rows, strict=False):
+        assert re.split(r"  +", line.strip()) == row
+    assert "Took 8.1 minutes" in printed[len(rows) + 1]

@@ -1,7 +1,7 @@
 """Tables and plots from the JSON files of `run.py`: `python examples/benchmark/report.py`.
 
-Writes a page with a plot per task to model_cards/, and one over all tasks; and the main methods' part of that to README.md, between
-`<!-- table:benchmark -->` and `<!-- end -->`.
+Writes a page with a plot per task to model_cards/, and one over all tasks; and the main methods' part of that to README.md, where it
+has `<!-- table:benchmark -->` or `<!-- table:control -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -11,7 +11,14 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+import transformers
 from files import UNPRUNED, write_text
+from transformers import AutoConfig
+
+from hf_tokenprune.cost import dense_layer_shapes, layer_shapes
+from hf_tokenprune.modeling.modeling_token_pruned import token_pruned_class
+from hf_tokenprune.results import BUSY
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from tables import markdown, put
@@ -25,18 +32,26 @@ TITLES = {
     "20newsgroups": "20 Newsgroups",
     "squad": "SQuAD v1.1",
 }
-BUSY = 2.0  # programs that want a core at the same time; times are of one thread
+
 MAIN = {"top": "ToP", "structured": "StructuredPruning", "structured+top": "Compose", "infor-coef": "InforCoef"}
 PRUNED = ("topk", "topk-trained", "top-attention", "top-alone", "top", "structured", "structured+top", "infor-coef")
+BOTH = ("structured+top", "infor-coef")  # these drop tokens and cut weights
 ORDER = (*UNPRUNED, *PRUNED)
+MEANS = (  # over tasks: at a method's first target that lies between two
+    ("mean difference from dense, each task at the method's smallest target", 1, float("inf")),
+    ("the same, each task at 2.4 or 3.0 x", 2.3, 3.1),
+)
 SAME = ("data", "split", "rows", "limited")
 
 
-def load(folder):
-    """All runs in a folder. Seeds of one method must have been run with the same settings on the same data: they are averaged; and
-    each beside the dense model that it began from."""
-    files = sorted(Path(folder).glob("*.json"))
-    runs = [json.loads(file.read_text()) for file in files if not file.name.startswith("dense-")]
+def load(folder, cards=None):
+    """All runs in a folder, with `by_weights` where the folder of cards has the model's sizes. Seeds of one method must have been run
+    with the same settings on the same data: they are averaged; and each beside the dense model that it began from."""
+    files = [file for file in sorted(Path(folder).glob("*.json")) if not file.name.startswith("dense-")]
+    runs = [json.loads(file.read_text()) for file in files]
+    for run, file in zip(runs, files, strict=True):
+        if cards and run["method"] in BOTH and (Path(cards) / file.stem / "config.json").exists():
+            run["by_weights"] = by_weights(run, Path(cards) / file.stem)
     known, dense = {}, {(run["task"], run["seed"]): run.get("dense_model") for run in runs if run["method"] == "dense"}
     for run in runs:
         name = f"{run['task']}, {run['method']} {run['budget']:g}"
@@ -56,6 +71,25 @@ def load(folder):
                 f"of {now}. Remove one of them."
             )
     return runs
+
+
+def by_weights(run, folder):
+    """The reduction on true lengths that the weights cut out of a run's model give if every token is kept."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = token_pruned_class(getattr(transformers, config.architectures[0]))(config)
+    shapes, dense, tokens = layer_shapes(model), dense_layer_shapes(model), run["tokens"]
+    # Texts differ in length: how many tokens a token sees on average, more than their mean, the dense model's MACs tell.
+    linear, attention = (sum(values) for values in zip(*((s.before + s.after, s.attention) for s in dense), strict=True))
+    seen = (run["macs"]["dense"] / tokens - linear) / attention
+    queries, left = [seen] * len(shapes), [tokens] * len(shapes)
+    if run["tokens_per_layer"][-1] == 1:  # the one that the head reads is computed alone
+        queries[-1] = left[-1] = 1
+    spent = (
+        shape.macs(entered=[tokens], queries=[asking], survived=[stay])
+        for shape, asking, stay in zip(shapes, queries, left, strict=True)
+    )
+    return run["macs"]["dense"] / sum(spent)
 
 
 def settings(given, path=""):
@@ -107,8 +141,8 @@ def what(groups):
 def overview(runs, columns=None):
     """A row per task and budget, a column per method: the score, and the MACs reduction on true lengths that was really reached.
 
-    The last row is the mean over all tasks, each at a method's first target, of the difference from dense and of the reduction; for
-    methods that were measured on all tasks.
+    The last rows are means over tasks, each at a method's smallest target or at one near 2.4 or 3, of the difference from dense and
+    of the reduction.
 
     Args:
         runs: what `load` gives.
@@ -120,56 +154,96 @@ def overview(runs, columns=None):
     rows = [["task", "dense", "trained on", "target", *columns.values()]]
     for task, groups in by_task(runs).items():
         dense, longer = groups.get(("dense", 1.0)), groups.get(("dense-longer", 1.0))
-        title = f"{TITLES.get(task, task)} ({what(groups)})"
+        first = [f"{TITLES.get(task, task)} ({what(groups)})", percent(dense, "score") if dense else ""]
+        first.append(cell(longer, dense, reached=False))
         for budget in sorted({budget for name, budget in groups if name in methods}, reverse=True):
             cells = [cell(groups.get((method, budget)), dense) for method in methods]
-            beside = [percent(dense, "score") if dense else "", cell(longer, dense, reached=False)]
-            rows.append([title, *beside, f"{1 / budget:.1f} x", *cells])
-            title = ""
-    means = [over_tasks(runs, name) for name in methods]
-    rows.append(["mean over all tasks, each at the method's smallest target, against dense", "", "", "", *means])
+            rows.append([*first, f"{1 / budget:.1f} x", *cells])
+            first = [""] * 3
+    for title, *targets in MEANS:
+        rows.append([title, "", "", "", *(over_tasks(runs, name, *targets) for name in methods)])
     return markdown(rows)
 
 
 def cell(runs, dense, reached=True):
-    """`81.1 (2.4 x)`; or `81.1 of 81.9 (2.4 x)`, with the dense score of the same seeds, where dense has more."""
+    """`81.1 (2.4 x)`; or `81.1 of 81.9 (2.4 x, 2.3 x by weights)`, with the dense score of the same seeds, where dense has more."""
     if not runs:
         return ""
     same = of_seeds(dense or [], runs)
     beside = f" of {percent(same, 'score')}" if len(same) < len(dense or []) else ""
-    saved = f" ({mean(runs, 'reduction', 'true_length'):.1f} x)" if reached else ""
+    alone = f", {mean(runs, 'by_weights'):.1f} x by weights" if all("by_weights" in run for run in runs) else ""
+    saved = f" ({mean(runs, 'reduction', 'true_length'):.1f} x{alone})" if reached else ""
     return f"{percent(runs, 'score')}{beside}{saved}"
 
 
 def of_seeds(dense, runs):
-    """The dense runs of the seeds that these runs have."""
+    """The runs of the first kind, dense ones mostly, of the seeds that the others have."""
     return [run for run in dense if run["seed"] in {other["seed"] for other in runs}]
 
 
-def over_tasks(runs, method):
-    """`-1.2 (2.53 x)`: what a method costs on average at its first target of each task; nothing if it lacks a task."""
-    differences, reductions = [], []
-    for groups in by_task(runs).values():
-        budgets = [budget for name, budget in groups if name == method]
-        if not budgets or ("dense", 1.0) not in groups:
-            return ""
-        group = groups[method, max(budgets)]
-        dense = of_seeds(groups["dense", 1.0], group)
-        if not dense:
-            return ""
-        differences.append(100 * (mean(group, "score") - mean(dense, "score")))
-        reductions.append(mean(group, "reduction", "true_length"))
-    difference = round(statistics.fmean(differences), 1)
-    return f"{f'{difference:+.1f}' if difference else '0.0'} ({statistics.fmean(reductions):.2f} x)"
+def over_tasks(runs, method, least, most):
+    """`-1.2 (2.53 x, 4 of 6 tasks)`: what a method costs on average at its first target of each task between these two."""
+    differences, reductions, tasks = [], [], by_task(runs)
+    for groups in tasks.values():
+        budgets = [budget for name, budget in groups if name == method and least <= 1 / budget <= most]
+        group = groups[method, max(budgets)] if budgets else []
+        dense = of_seeds(groups.get(("dense", 1.0), []), group)
+        if dense:
+            differences.append(100 * (mean(group, "score") - mean(dense, "score")))
+            reductions.append(mean(group, "reduction", "true_length"))
+    if not differences:
+        return ""
+    some = f", {len(differences)} of {len(tasks)} tasks" if len(differences) < len(tasks) else ""
+    return f"{signed(statistics.fmean(differences))} ({statistics.fmean(reductions):.2f} x{some})"
+
+
+def control(runs, columns=None):
+    """A row per task and budget, a column per method: how its score differs from the control's, where they share seeds."""
+    columns = {name: name for name in PRUNED} if columns is None else columns
+    found = defaultdict(dict)
+    for task, groups in by_task(runs).items():
+        longer = groups.get(("dense-longer", 1.0), [])
+        title = f"{TITLES.get(task, task)} ({epochs(longer)} epochs)"
+        for (method, budget), group in sorted(groups.items(), key=lambda item: -item[0][1]):
+            if method in columns and of_seeds(longer, group):
+                found[title, f"{1 / budget:.1f} x"][method] = beyond(group, longer)
+    if not found:
+        return ""
+    columns = {name: title for name, title in columns.items() if any(name in cells for cells in found.values())}
+    rows = [[*key, *(cells.get(name, "") for name in columns)] for key, cells in found.items()]
+    said = "Points above or below the control: the same seeds' dense models, trained on for the epochs in brackets, nothing pruned."
+    return f"{said}\n\n{markdown([['task', 'target', *columns.values()], *rows])}"
+
+
+def beyond(runs, longer):
+    """`-0.5 (2 seeds)`: by how much runs differ from those of the control, in the seeds that both have; and epochs, if other."""
+    longer = of_seeds(longer, runs)
+    difference = 100 * (mean(of_seeds(runs, longer), "score") - mean(longer, "score"))
+    trained = f", {epochs(runs)} epochs" if epochs(runs) not in ("", epochs(longer)) else ""
+    return f"{signed(difference)} ({len(longer)} seed{'s' * (len(longer) > 1)}{trained})"
+
+
+def epochs(runs):
+    """How long runs were trained, `3`; nothing where they were not."""
+    number = (runs[0].get("training") or {}).get("epochs") if runs else None
+    return f"{number:g}" if number else ""
+
+
+def signed(points):
+    """`+0.3`, `-1.2`, or `0.0`."""
+    points = round(points, 1)
+    return f"{points:+.1f}" if points else "0.0"
 
 
 COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same dense model, which is also its teacher:
 fine-tuned for 2 to 4 epochs with the learning rate and of the epoch that were best on held-out data (two rates were tried for MRPC
 and STS-B, one elsewhere). A method trains on, for 2 to 5 more epochs, taught by it: what that alone gives says "trained on", where
 nothing goes and all else is as for `structured`. "target" is the reduction of MACs asked for, in brackets the one reached, on the
-real tokens. A score is to be compared with "dense", or, where dense was run with more seeds, with the score after "of", which is
-dense's with the same seeds; ± is the standard deviation over two or three seeds, scores without are of one. Blank: not measured.
-The last row has the methods that were measured on all tasks.
+real tokens, and "by weights" what it would be if no token were dropped (the dense model itself has about 1.1 x when it is packed:
+where the head reads one token, its last layer computes no more). A score is to be compared with "dense", or, where dense was run
+with more seeds, with the score after "of", which is dense's with the same seeds; ± is the standard deviation over seeds, scores
+without are of one. Blank: not measured.
+In the last rows a method that was not measured on all tasks says on how many.
 CPUs round differently, so the dense model of one seed is not the same on all: MRPC's of seed 1 has 79.0 here, and had 79.5 where
 `structured` began from it. Variants of `top` were measured with the importance of an older version. SQuAD is trained on the
 questions about 44 articles.
@@ -184,7 +258,7 @@ questions about 44 articles.
 def index(runs):
     """The page over all tasks, as Markdown."""
     pages = [f"* [{TITLES.get(task, task)}]({task}.md)" for task in by_task(runs)]
-    return "\n\n".join(["# Results", COLUMNS, overview(runs), "\n".join(pages)]) + "\n"
+    return "\n\n".join(["# Results", COLUMNS, overview(runs), control(runs), "\n".join(pages)]) + "\n"
 
 
 def page(task, groups):
@@ -193,12 +267,12 @@ def page(task, groups):
     others = [name for name in first["scores"] if name != first["metric"]]
     score = NAMES.get(first["metric"], first["metric"])
     head = ["method", "target", score, *(NAMES.get(name, name) for name in others)]
-    head += ["reduction, true length", "reduction, padded", "speed-up, batch 1", "speed-up, batch 32", "seeds"]
+    head += ["reduction, true length", "reduction, padded", "speed-up, batch 1", "speed-up, batch 32", "epochs", "seeds"]
     rows = [head]
     for (method, budget), runs in groups.items():
         cells = [method, f"{1 / budget:.1f} x", percent(runs, "score"), *(percent(runs, "scores", name) for name in others)]
         cells += [f"{mean(runs, 'reduction', kind):.2f} x" for kind in ("true_length", "padded")]
-        rows.append([*cells, *(speedup(runs, size) for size in ("1", "32")), str(len(runs))])
+        rows.append([*cells, *(speedup(runs, size) for size in ("1", "32")), epochs(runs), str(len(runs))])
     text = [
         f"# {TITLES.get(task, task)}",
         f"{what(groups)[0].upper()}{what(groups)[1:]}. Texts have {first['tokens']:.0f} tokens on average; the padded reduction "
@@ -214,7 +288,9 @@ def page(task, groups):
 def speedup(runs, size):
     """How many times faster than the dense model, where that was measured on a machine that did little else."""
     times = [run["time"] for run in runs if run.get("time")]
-    times = [time["ms"][size] for time in times if (time.get("bench", {}).get("load_average") or 0) <= BUSY]
+    times = [
+        time["ms"][size] for time in times if size in time["ms"] and (time.get("bench", {}).get("load_average") or 0) <= BUSY
+    ]
     return f"{statistics.fmean(ms['dense'] / ms['pruned'] for ms in times):.2f} x" if times else ""
 
 
@@ -253,10 +329,11 @@ def main(arguments=None):
     parser.add_argument("--cards", type=Path, default=Path("model_cards"))
     parser.add_argument("--no-plots", action="store_true")
     args = parser.parse_args(arguments)
-    runs = load(args.results)
+    runs = load(args.results, args.cards)
     if not runs:
         raise SystemExit(f"There are no results in {args.results}; make some with run.py.")
-    write_text(args.readme, put(args.readme.read_text(), "benchmark", overview(runs, MAIN)))
+    text = put(args.readme.read_text(), "benchmark", overview(runs, MAIN))
+    write_text(args.readme, put(text, "control", control(runs, MAIN)))
     write_text(args.cards / "README.md", index(runs))
     for task, groups in by_task(runs).items():
         write_text(args.cards / f"{task}.md", page(task, groups))
