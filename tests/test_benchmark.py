@@ -435,13 +435,36 @@ def test_what_cut_weights_save_alone_is_what_they_save_where_no_token_is_dropped
     run.update(tokens=spent.tokens, tokens_per_layer=spent.tokens_per_layer)
     run["reduction"]["true_length"] = spent.true_length_reduction
     bench.files.write_json(tmp_path / "results" / "both.json", run)
-    bench.files.write_json(tmp_path / "results" / "other.json", {**run, "method": "structured", "seed": 1})
+    bench.files.write_json(tmp_path / "results" / "other.json", {**run, "method": "structured"})
+    bench.files.write_json(tmp_path / "results" / "zero.json", made("mrpc", "dense", 1.0, 0, 0.9))
     model.save_pretrained(tmp_path / "cards" / "both")
-    both, other = bench.report.load(tmp_path / "results", tmp_path / "cards")
+    both, other, _ = bench.report.load(tmp_path / "results", tmp_path / "cards")
     assert both["by_weights"] == pytest.approx(alone)
     assert 1 < alone < spent.true_length_reduction
     assert bench.report.cell([both], None) == f"80.0 ({spent.true_length_reduction:.1f} x, {alone:.1f} x by weights)"
     assert bench.report.cell([both, other], None).endswith(f"({spent.true_length_reduction:.1f} x)"), "one is not known"
+
+
+def write(bench, folder, *runs, seeds=(0, 1), known=True):
+    """Runs as files, and those of the dense models of these seeds."""
+    dense = [made("mrpc", "dense", 1.0, seed, 0.9) for seed in seeds]
+    for run in (*runs, *({**run, "dense_model": run["dense_model"] if known else None} for run in dense)):
+        bench.files.write_json(folder / f"{run['seed']}-{run['method']}.json", run)
+
+
+def test_every_run_needs_the_dense_model_that_it_began_from(bench, runs, tmp_path):
+    first, second = runs[:2]
+    write(bench, tmp_path / "complete", first, second)
+    assert len(bench.report.load(tmp_path / "complete")) == 4
+    write(bench, tmp_path / "missing", first, second, seeds=(0,))
+    with pytest.raises(SystemExit, match=r"seed 1: .* has no run of the dense model"):
+        bench.report.load(tmp_path / "missing")
+    write(bench, tmp_path / "unknown", first, second, known=False)
+    with pytest.raises(SystemExit, match="one that it does not name"):
+        bench.report.load(tmp_path / "unknown")
+    older = [{**run, "dense_model": None} for run in (first, second)]
+    write(bench, tmp_path / "older", *older, known=False)
+    assert len(bench.report.load(tmp_path / "older")) == 4
 
 
 def test_seeds_of_unlike_settings_are_not_averaged(bench, runs, tmp_path):
@@ -462,12 +485,9 @@ def test_seeds_of_unlike_settings_are_not_averaged(bench, runs, tmp_path):
         )
         data = {name: change.pop(name) for name in list(change) if name in second}
         second = {**runs[1], **data, "training": second["training"], "settings": {**first["settings"], **change}}
-        dense = made("mrpc", "dense", 1.0, 1, 0.9)
-        (tmp_path / "dense.json").write_text(json.dumps(dense))
-        for run in (first, second):
-            (tmp_path / f"{run['seed']}.json").write_text(json.dumps(run))
+        write(bench, tmp_path, first, second)
         if said is None:
-            assert len(bench.report.load(tmp_path)) == 3
+            assert len(bench.report.load(tmp_path)) == 4
         else:
             with pytest.raises(SystemExit, match=said):
                 bench.report.load(tmp_path)

@@ -64,11 +64,15 @@ def load(folder, cards=None):
                     f"{name}: {what} is {first[0]!r} in seed {first[1]} and {value!r} in seed {run['seed']}. Such scores cannot be "
                     f"averaged: remove the runs of one kind from {folder}."
                 )
-        began, now = run.get("dense_model"), dense.get((run["task"], run["seed"]))
-        if began and now and began != now:
+        if (run["task"], run["seed"]) not in dense:
+            raise SystemExit(
+                f"{name}, seed {run['seed']}: {folder} has no run of the dense model of that seed: --methods dense."
+            )
+        began, now = run.get("dense_model"), dense[run["task"], run["seed"]]
+        if began and began != now:  # runs of before models were told apart are taken at their word
             raise SystemExit(
                 f"{name}, seed {run['seed']}: it began from the dense model {began}, and the dense run of that seed in {folder} is "
-                f"of {now}. Remove one of them."
+                f"of {now or 'one that it does not name'}. Remove one of them."
             )
     return runs
 
