@@ -235,7 +235,10 @@ class TokenPruner(nn.Module):
     def _before_encoder(self, encoder, args, kwargs):
         asked = {}
         for name in ("output_attentions", "output_hidden_states"):
-            value = kwargs.get(name, getattr(encoder.config, name, None))
+            by_config = getattr(encoder.config, name, None)
+            value = kwargs.get(name, by_config)
+            if value is None and self.family.probabilities:  # these encoders take None for their config's; all others for no
+                value = by_config
             asked[name] = value is not None and value is not False  # 0 asks for the first hidden state
         if asked["output_attentions"]:
             raise UnsupportedInputError(
