@@ -233,6 +233,17 @@ class TokenPruner(nn.Module):
 
     @torch.compiler.disable
     def _before_encoder(self, encoder, args, kwargs):
+        if getattr(encoder, "_is_replica", False):
+            raise UnsupportedInputError(
+                "This is a copy of a packed model that DataParallel has made for one of several GPUs; the hooks on it belong to the "
+                "model that it was copied from. Start the script with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES to "
+                "one GPU."
+            )
+        if torch.jit.is_tracing():  # torch.export refuses by itself
+            raise UnsupportedInputError(
+                "A packed model cannot be traced or exported: the lengths of these very texts would be written into the graph. "
+                "Export the dense model: hf_tokenprune.detach(model) gives it back."
+            )
         asked = {}
         for name in ("output_attentions", "output_hidden_states"):
             by_config = getattr(encoder.config, name, None)
@@ -287,6 +298,11 @@ class TokenPruner(nn.Module):
     @torch.compiler.disable
     def _before_layer(self, layer, args, kwargs):
         forward = active.forward
+        if forward is None or forward.pruner is not self:
+            raise UnsupportedInputError(
+                "A part of a packed encoder was called by itself, but texts are packed at the encoder's entrance. Call the encoder "
+                "as a whole, or hf_tokenprune.detach(model) first."
+            )
         number = len(forward.calls)
         states = args[0] if args else kwargs["hidden_states"]
         if number == 0:
