@@ -210,12 +210,13 @@ class TokenPruner(nn.Module):
     @contextlib.contextmanager
     def head(self):
         """Within this context the encoder is called by the model's own head, not by itself."""
-        outer = active.head, active.padding
+        outer = active.head, active.padding, active.forward
         active.head, active.padding = self, None
         try:
             yield
-        finally:
-            active.head, active.padding = outer
+        finally:  # a KeyboardInterrupt runs no hooks, so the encoder's last one may not have run
+            active.head, active.padding, active.forward = outer
+            active.call = None
 
     def run(self, model, forward, args, kwargs):
         """The forward of a model that is itself the encoder. It may be called as `model.forward(...)`, which runs no hooks."""
