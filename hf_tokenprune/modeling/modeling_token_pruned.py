@@ -134,7 +134,7 @@ def token_pruned_class(dense_class):
 
     @functools.partial(torch.compiler.disable, recursive=False)
     def plain_forward(self, *args, **kwargs):
-        with self.token_pruner.head():
+        with self.token_pruner.head(self):
             return self.token_pruner.run(self, dense_class.forward, args, kwargs)
 
     @functools.partial(torch.compiler.disable, recursive=False)

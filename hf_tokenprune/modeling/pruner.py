@@ -170,9 +170,7 @@ class TokenPruner(nn.Module):
         if not self.alone:
             keep(encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True))
             keep(encoder.register_forward_hook(self._after_encoder, always_call=True))
-        self.finds_spans = (head := span_head(model)) is not None
-        if self.finds_spans:
-            keep(head.register_forward_hook(never_in_padding))
+        self._watch_spans(model)
         forget_compiled()
         # All layers alike, also where nobody is dropped: torch.compile uses the code of one layer for all.
         for layer in dict.fromkeys(layers):  # a shared one is there many times
@@ -192,6 +190,14 @@ class TokenPruner(nn.Module):
             if not self.family.cut_residual:
                 keep(cut.register_forward_hook(self._after_cut))
 
+    def _watch_spans(self, model):
+        """Hook the head that looks for spans, if the present one is not hooked: PEFT puts another there when it merges."""
+        head = span_head(model)
+        self.finds_spans = head is not None
+        if self.finds_spans and never_in_padding not in head._forward_hooks.values():
+            self.handles.append(head.register_forward_hook(never_in_padding))
+            forget_compiled()
+
     def uninstall(self, model):
         """Remove every hook and give the encoder the attention function that it came with."""
         for handle in self.handles:
@@ -208,8 +214,10 @@ class TokenPruner(nn.Module):
         encoder.config._attn_implementation_internal = ATTENTION
 
     @contextlib.contextmanager
-    def head(self):
+    def head(self, model):
         """Within this context the encoder is called by the model's own head, not by itself."""
+        if self.finds_spans:
+            self._watch_spans(model)
         outer = active.head, active.padding, active.forward
         active.head, active.padding = self, None
         try:
