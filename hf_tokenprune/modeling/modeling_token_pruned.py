@@ -45,7 +45,8 @@ class TokenPruningMixin:
             super().__init__(config, *args, **kwargs)
         if shapes is not None:
             replay(self, shapes)
-        self.token_pruner = TokenPruner(self, settings)
+        # Whatever type the weights are loaded in: selectors were trained in float32, and rounding moves who stays.
+        self.token_pruner = TokenPruner(self, settings).float()
         self.token_pruner.install(self)
         self.post_init()
 
