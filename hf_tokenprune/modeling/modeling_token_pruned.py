@@ -50,6 +50,11 @@ class TokenPruningMixin:
         self.token_pruner.install(self)
         self.post_init()
 
+    def initialize_weights(self):
+        """As `PreTrainedModel.initialize_weights`, by the config as it was: the loader makes rotary buffers anew from its sizes."""
+        with restored(self.config, self.config.token_pruning.get("shapes")):
+            super().initialize_weights()
+
     def _init_weights(self, module):
         pruner = getattr(self, "token_pruner", None)
         for site in () if pruner is None else pruner.sites.values():
