@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .checkpoints import resume_complete
 from .cost import CostMeter
-from .errors import TokenPruneError, TrainingError
+from .errors import TokenPruneError, TrainingError, UnsupportedModelError
 from .integrations import sentence_transformers
 from .modeling.architectures import is_sharded, transformers_model
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
@@ -82,7 +82,9 @@ class TokenPruneCallback(TrainerCallback):
         else:
             check_head(inner)
         with _as_it_was_if_refused(inner):
-            self.objective = self.method.attach(inner)
+            objective = self.method.attach(inner)
+            _check_hidden(model, inner)
+        self.objective = objective
         if adapters is not None:
             adapters.adopt(model, base)
         sentence_transformers.prepare(model, self.objective)
@@ -306,6 +308,17 @@ class TokenPruneCallback(TrainerCallback):
     def _pop_shares(self, training):
         meter, self.meters[training] = self.meters[training], CostMeter(self.inner)
         return _shares(meter, self.inner)
+
+
+def _check_hidden(model, inner):
+    """Raise `UnsupportedModelError` if hidden units are to be cut that something around a base model reads."""
+    structure = inner.token_pruner.structure
+    if model is not inner and inner.token_pruner.alone and structure is not None and "hidden" in structure.layout.parts:
+        raise UnsupportedModelError(
+            f"parts names 'hidden', but the hidden units of the {type(inner).__name__} are read by what is around it in this "
+            f"{type(model).__name__} (pooling, a head, a loss), whose own sizes nobody would cut. Leave 'hidden' out: "
+            "parts=('heads', 'units', 'blocks')."
+        )
 
 
 def _adapters(model):

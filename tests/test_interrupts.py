@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build
+from families import build, make_inputs, outputs_of
 from safetensors import SafetensorError
 from training_helpers import Texts, top, trainer_for
 from transformers import Trainer, TrainerCallback
@@ -25,6 +25,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_tokenprune as tp
 from hf_tokenprune.checkpoints import STATE, is_complete, set_aside_incomplete
+from hf_tokenprune.modeling.architectures import find_encoder
+from hf_tokenprune.modeling.calls import active
 
 HEAD = "ForSequenceClassification"
 STEPS, DENSE = 12, 4
@@ -369,3 +371,22 @@ def test_what_an_interrupted_run_has_spent_is_no_part_of_what_the_resumed_one_re
     trainer.train(resume_from_checkpoint=True)
     spent = trainer.evaluate(Texts(48))["eval_macs_realised"]
     assert trainer.state.log_history[-2]["train_macs_realised"] == pytest.approx(spent, abs=0.02)
+
+
+@pytest.mark.parametrize("head", ["Model", HEAD])
+def test_a_forward_that_was_interrupted_leaves_nothing_behind(head):
+    """torch runs no hook after a KeyboardInterrupt."""
+    model, inputs = tp.pack(build("bert", head)), make_inputs("bert", head)
+    expected = outputs_of(model, inputs)
+    _, encoder = find_encoder(model)
+
+    def interrupt(*_):
+        handle.remove()
+        raise KeyboardInterrupt
+
+    handle = encoder.encoder.layer[2].output.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs)
+    assert active.forward is active.call is active.head is None
+    found = outputs_of(model, inputs)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -6,6 +6,8 @@ import pytest
 import torch
 from families import FAMILIES, build
 from families import make_inputs as ragged
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.nn import functional
 from training_helpers import top
 
@@ -93,3 +95,24 @@ def test_half_precision_and_copies():
         assert found["loss"].isfinite()
         assert found["start_logits"][~real].max() < -9000
         assert found["start_logits"][real].min() > -100, "dropped tokens still answer"
+
+
+@pytest.mark.parametrize("way", ["merged", "replaced before a forward", "replaced after one"])
+def test_another_head_in_its_place_says_nowhere_of_padding_too(way):
+    """PEFT puts the copy that it has trained there when it merges; quantisation, Linears of its own."""
+    model, inputs = build("bert", HEAD), make_inputs("bert")
+    padding = ~inputs["attention_mask"].bool()
+    if way == "merged":
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["query", "value"], task_type="QUESTION_ANS"))
+        tp.TokenPruneCallback(top()).attach(adapted)
+        assert said(adapted.eval(), inputs)["start_logits"][padding].eq(NOWHERE).all()
+        model = adapted.merge_and_unload()
+    else:
+        tp.pack(model)
+        if way == "replaced after one":
+            said(model, inputs)
+        model.qa_outputs = nn.Linear(32, 2)
+    for _ in range(2):
+        assert said(model, inputs)["start_logits"][padding].eq(NOWHERE).all()
+    assert not said(tp.detach(model), inputs)["start_logits"].eq(NOWHERE).any()
+    assert not model.qa_outputs._forward_hooks

@@ -38,7 +38,9 @@ class StructuredPruning(GatedMethod):
         target_macs: MACs to spend on the real tokens, as a share of the dense model's.
         target_params: weights of the layers to keep, as a share of the dense model's; embeddings and heads are not counted. Give
             one of the two.
-        parts: what may be cut, of "hidden", "heads", "units" and "blocks"; None = all that the family allows.
+        parts: what may be cut, of "hidden", "heads", "units" and "blocks"; None = all that the family allows. Hidden units of a
+            base model without a head (that of a SentenceTransformer, or of a module of one's own) only if they are named: what reads
+            them outside has sizes of its own, which nobody would cut. Where it is a module around the model, they are refused.
         teacher, distill_weight, layer_weight, constraint, gate_lr, schedule: as for `ToP`.
 
     Raises:
@@ -102,8 +104,8 @@ class StructuredPruning(GatedMethod):
 
     def layout(self, model):
         """Which gates there are."""
-        family, _ = find_encoder(model)
-        parts = self.parts or [part for part in PARTS if part != "hidden" or family.hidden]
+        family, encoder = find_encoder(model)
+        parts = self.parts or [part for part in PARTS if part != "hidden" or (family.hidden and encoder is not model)]
         return Layout(model, parts)
 
 

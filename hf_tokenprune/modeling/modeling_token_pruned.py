@@ -45,9 +45,15 @@ class TokenPruningMixin:
             super().__init__(config, *args, **kwargs)
         if shapes is not None:
             replay(self, shapes)
-        self.token_pruner = TokenPruner(self, settings)
+        # Whatever type the weights are loaded in: selectors were trained in float32, and rounding moves who stays.
+        self.token_pruner = TokenPruner(self, settings).float()
         self.token_pruner.install(self)
         self.post_init()
+
+    def initialize_weights(self):
+        """As `PreTrainedModel.initialize_weights`, by the config as it was: the loader makes rotary buffers anew from its sizes."""
+        with restored(self.config, self.config.token_pruning.get("shapes")):
+            super().initialize_weights()
 
     def _init_weights(self, module):
         pruner = getattr(self, "token_pruner", None)
@@ -134,7 +140,7 @@ def token_pruned_class(dense_class):
 
     @functools.partial(torch.compiler.disable, recursive=False)
     def plain_forward(self, *args, **kwargs):
-        with self.token_pruner.head():
+        with self.token_pruner.head(self):
             return self.token_pruner.run(self, dense_class.forward, args, kwargs)
 
     @functools.partial(torch.compiler.disable, recursive=False)

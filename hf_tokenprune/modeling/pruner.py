@@ -170,9 +170,7 @@ class TokenPruner(nn.Module):
         if not self.alone:
             keep(encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True))
             keep(encoder.register_forward_hook(self._after_encoder, always_call=True))
-        self.finds_spans = (head := span_head(model)) is not None
-        if self.finds_spans:
-            keep(head.register_forward_hook(never_in_padding))
+        self._watch_spans(model)
         forget_compiled()
         # All layers alike, also where nobody is dropped: torch.compile uses the code of one layer for all.
         for layer in dict.fromkeys(layers):  # a shared one is there many times
@@ -192,6 +190,14 @@ class TokenPruner(nn.Module):
             if not self.family.cut_residual:
                 keep(cut.register_forward_hook(self._after_cut))
 
+    def _watch_spans(self, model):
+        """Hook the head that looks for spans, if the present one is not hooked: PEFT puts another there when it merges."""
+        head = span_head(model)
+        self.finds_spans = head is not None
+        if self.finds_spans and never_in_padding not in head._forward_hooks.values():
+            self.handles.append(head.register_forward_hook(never_in_padding))
+            forget_compiled()
+
     def uninstall(self, model):
         """Remove every hook and give the encoder the attention function that it came with."""
         for handle in self.handles:
@@ -208,14 +214,17 @@ class TokenPruner(nn.Module):
         encoder.config._attn_implementation_internal = ATTENTION
 
     @contextlib.contextmanager
-    def head(self):
+    def head(self, model):
         """Within this context the encoder is called by the model's own head, not by itself."""
-        outer = active.head, active.padding
+        if self.finds_spans:
+            self._watch_spans(model)
+        outer = active.head, active.padding, active.forward
         active.head, active.padding = self, None
         try:
             yield
-        finally:
-            active.head, active.padding = outer
+        finally:  # a KeyboardInterrupt runs no hooks, so the encoder's last one may not have run
+            active.head, active.padding, active.forward = outer
+            active.call = None
 
     def run(self, model, forward, args, kwargs):
         """The forward of a model that is itself the encoder. It may be called as `model.forward(...)`, which runs no hooks."""
@@ -233,9 +242,23 @@ class TokenPruner(nn.Module):
 
     @torch.compiler.disable
     def _before_encoder(self, encoder, args, kwargs):
+        if getattr(encoder, "_is_replica", False):
+            raise UnsupportedInputError(
+                "This is a copy of a packed model that DataParallel has made for one of several GPUs; the hooks on it belong to the "
+                "model that it was copied from. Start the script with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES to "
+                "one GPU."
+            )
+        if torch.jit.is_tracing():  # torch.export refuses by itself
+            raise UnsupportedInputError(
+                "A packed model cannot be traced or exported: the lengths of these very texts would be written into the graph. "
+                "Export the dense model: hf_tokenprune.detach(model) gives it back."
+            )
         asked = {}
         for name in ("output_attentions", "output_hidden_states"):
-            value = kwargs.get(name, getattr(encoder.config, name, None))
+            by_config = getattr(encoder.config, name, None)
+            value = kwargs.get(name, by_config)
+            if value is None and self.family.probabilities:  # these encoders take None for their config's; all others for no
+                value = by_config
             asked[name] = value is not None and value is not False  # 0 asks for the first hidden state
         if asked["output_attentions"]:
             raise UnsupportedInputError(
@@ -284,6 +307,11 @@ class TokenPruner(nn.Module):
     @torch.compiler.disable
     def _before_layer(self, layer, args, kwargs):
         forward = active.forward
+        if forward is None or forward.pruner is not self:
+            raise UnsupportedInputError(
+                "A part of a packed encoder was called by itself, but texts are packed at the encoder's entrance. Call the encoder "
+                "as a whole, or hf_tokenprune.detach(model) first."
+            )
         number = len(forward.calls)
         states = args[0] if args else kwargs["hidden_states"]
         if number == 0:

@@ -386,7 +386,8 @@ class Skim(Selector):
 
     def logits(self, states):
         """`(T, H)` hidden states -> `(T, 2)` logits of dropping and of keeping."""
-        logits = self.GAIN * self.net(states.to(self.net[0].weight.dtype)).float()
+        with torch.autocast(states.device.type, enabled=False):  # as in `Scorer`
+            logits = self.GAIN * self.net(states.to(self.net[0].weight.dtype)).float()
         offset = self.offset_value()
         return logits if math.isinf(offset) else torch.stack([logits[:, 0], logits[:, 1] + self.offset], dim=1)
 
