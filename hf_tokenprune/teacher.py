@@ -24,6 +24,7 @@ from .processes import whole
 logger = logging.get_logger(__name__)
 HEAD = re.compile(r"(For[A-Z]\w*|Model)$")
 FOLDER = "_teacher"  # Trainer.push_to_hub leaves out what begins with an underscore
+WRITING = f"{FOLDER}-writing-"  # what begins like this is ours to delete, and nothing else is
 
 
 def dense_copy(model):
@@ -70,9 +71,9 @@ def save_teacher(teacher, output_dir):
     """
     target = Path(output_dir) / FOLDER
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f"{FOLDER}-*"):  # by a run that was killed right here
+    for left in target.parent.glob(f"{WRITING}*"):  # by a run that was killed right here
         shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{FOLDER}-", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=WRITING, dir=target.parent))
     new, old = temporary / "new", temporary / "old"
     try:
         teacher.save_pretrained(new)

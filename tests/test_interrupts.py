@@ -328,10 +328,12 @@ def test_weights_alone_are_a_complete_checkpoint(tmp_path):
 
 
 def test_what_a_killed_save_of_the_teacher_left_goes_with_the_next(tmp_path):
-    left = tmp_path / "_teacher-abc" / "new"
-    left.mkdir(parents=True)
+    (tmp_path / "_teacher-writing-abc" / "new").mkdir(parents=True)
+    (tmp_path / "_teacher-mine").mkdir()
+    (tmp_path / "_teacher-mine" / "model.safetensors").write_bytes(b"a person's copy")
     trainer_for(tmp_path, top()).train()
-    assert [path.name for path in tmp_path.glob("_*")] == ["_teacher"]
+    assert sorted(path.name for path in tmp_path.glob("_*")) == ["_teacher", "_teacher-mine"]
+    assert (tmp_path / "_teacher-mine" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", METHODS)
