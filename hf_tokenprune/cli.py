@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -18,7 +19,7 @@ from .results import told_busy
 from .run import METHODS, make_method, run_script, settings
 from .sample_text import TEXTS
 from .subject import read_texts
-from .writing import write_file
+from .writing import write_output
 
 DESCRIPTION = "Faster transformer encoders: tokens dropped layer by layer, weights cut out."
 BENCH = """\
@@ -205,6 +206,8 @@ def _report(arguments, command):
     if arguments.images and (arguments.texts or arguments.columns):
         raise ConfigError("--images cannot be given together with --texts or --columns: a model reads one of them.")
     _check_writable(Path(arguments.output))
+    if arguments.plots:
+        _check_folder(Path(arguments.plots))
     if arguments.images:
         samples = [_read_image(file) for file in arguments.images[: arguments.limit]]
     else:
@@ -212,9 +215,9 @@ def _report(arguments, command):
     found = report(
         arguments.folder, samples, max_length=arguments.max_length, repeats=arguments.repeats, results=arguments.results
     )
+    found.save(arguments.output)
     if arguments.plots:
         found.save_plots(arguments.plots)
-    found.save(arguments.output)
     print(
         f"{arguments.output}: {len(found.samples)} {'images' if arguments.images else 'texts'}, {len(found.model.macs)} layers"
     )
@@ -305,12 +308,22 @@ def _push(arguments, command):
 
 
 def _check_writable(path):
-    if path.is_dir() or not path.parent.is_dir():
+    """Raise `ConfigError` before the work is done if its result could not be written."""
+    if path.is_dir() or not path.resolve().parent.is_dir():
         raise ConfigError(f"{path} cannot be written: it is a folder, or its folder does not exist.")
+    special = path.exists() and not path.is_file()  # a pipe or device, written to as it is
+    if not os.access(path if special else path.resolve().parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: you may not write there.")
+
+
+def _check_folder(path):
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: {there} is no folder, or one that you may not write to.")
 
 
 def _write_json(result, path):
-    write_file(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_output(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ..modeling.modeling_token_pruned import pack
 from ..modeling.shapes import shape_map
 from ..modeling.sizes import sizes_of
 from ..subject import check_numbers, contenders, copy_of, cpu_name, open_model, versions
-from ..writing import write_file
+from ..writing import write_output
 from .history import find_log, read_results
 from .page import render
 from .plots import check_matplotlib, save_plots
@@ -96,8 +96,8 @@ class Report:
         return render(self)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the page to a file, all or nothing."""
-        write_file(Path(path), self.html())
+        """Write the page to a file, all or nothing (or to a pipe or device)."""
+        write_output(path, self.html())
 
     def save_plots(self, folder: str | os.PathLike) -> list[Path]:
         """Write each plot as PNG and as SVG to a folder, which is made if need be, and return the files."""
