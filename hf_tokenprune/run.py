@@ -153,21 +153,22 @@ def run_script(script: str, arguments: Sequence[str], method: Any) -> None:
 
     Raises:
         ConfigError: there is no such file.
-        TokenPruneError: the method does not fit the script's model or Trainer; or the script ended without making a Trainer.
+        TokenPruneError: the method does not fit the script's model or Trainer; or the script ended without making a Trainer, or
+            without training it.
         SystemExit: the script's own, or with status 1 after the traceback of the script's error went to stderr.
     """
     if not Path(script).is_file():
         raise ConfigError(f"There is no script {script!r} to run.")
     Path(script).open("rb").close()  # an OSError says why it cannot be read
     path = os.path.abspath(script)
-    with _as_script(path, arguments), trainers_prune(method) as made:
+    with _as_script(path, arguments), trainers_prune(method) as (made, trained):
         try:
             runpy.run_path(path, run_name="__main__")
         except TokenPruneError:
             raise
         except SystemExit as end:
             if end.code not in (None, 0) or {"-h", "--help"} & set(arguments):
-                raise  # else the script may have ended well without making a Trainer, which is told below
+                raise  # else the script may have ended well without making or training a Trainer, which is told below
         except Exception as error:
             error = error.with_traceback(_of_script(error.__traceback__, path))
             sys.excepthook(type(error), error, error.__traceback__)
@@ -177,10 +178,15 @@ def run_script(script: str, arguments: Sequence[str], method: Any) -> None:
             f"{script} ended without making a transformers.Trainer, so nothing was pruned. A training loop of its own needs the "
             "functions of this package instead."
         )
+    if not trained:
+        raise TrainingError(
+            f"{script} ended without training by the Trainer that it made, so nothing was pruned: a model that it saved is as it "
+            "was, whatever method its config names. Let it train, for instance with --do_train."
+        )
 
 
 @contextlib.contextmanager
-def trainers_prune(method: Any) -> Iterator[list[weakref.ref[TokenPruneCallback]]]:
+def trainers_prune(method: Any) -> Iterator[tuple[list[weakref.ref[TokenPruneCallback]], list]]:
     """While this lasts, each `transformers.Trainer` that is made, of any subclass, gets a callback for a method.
 
     A model that several Trainers are made for, one after the other, is pruned once, by the first that trains it.
@@ -189,12 +195,12 @@ def trainers_prune(method: Any) -> Iterator[list[weakref.ref[TokenPruneCallback]
         method: a method's config.
 
     Yields:
-        The callbacks given so far, of which those live whose models do.
+        The callbacks given so far, of which those live whose models do; and a list that has an entry for each training begun.
 
     Raises:
         TrainingError: from the constructor of a Trainer that has a `TokenPruneCallback` already.
     """
-    original, made = Trainer.__init__, []
+    original, made, trained = Trainer.__init__, [], []
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -210,7 +216,7 @@ def trainers_prune(method: Any) -> Iterator[list[weakref.ref[TokenPruneCallback]
                 "The script's Trainer has a TokenPruneCallback already. Start the script without `hf-tokenprune run`, or take the "
                 "callback out of it."
             )
-        callback = _callback_for(bound.arguments.get("model"), method, made)
+        callback = _callback_for(bound.arguments.get("model"), method, made, trained)
         if callback is not None:
             bound.arguments["callbacks"] = [*own, callback]
             if bound.arguments.get("model_init") is not None:
@@ -221,12 +227,24 @@ def trainers_prune(method: Any) -> Iterator[list[weakref.ref[TokenPruneCallback]
 
     Trainer.__init__ = prepared
     try:
-        yield made
+        yield made, trained
     finally:
         Trainer.__init__ = original
 
 
-def _callback_for(model, method, made):
+class _Noting(TokenPruneCallback):
+    """Also notes in a list that it is trained with: when a script has ended, its Trainers and callbacks are gone."""
+
+    def __init__(self, method, trained):
+        super().__init__(method)
+        self.trained = trained
+
+    def on_train_begin(self, *args, **kwargs):
+        super().on_train_begin(*args, **kwargs)
+        self.trained.append(True)
+
+
+def _callback_for(model, method, made, trained):
     """A callback for a model's next Trainer, or None if the model has been trained by one."""
     alive = [callback for callback in (reference() for reference in made) if callback is not None]
     known = next((callback for callback in alive if callback.model is model), None)
@@ -235,7 +253,7 @@ def _callback_for(model, method, made):
             logger.warning(
                 f"The script makes another Trainer with another model, which {type(method).__name__} prunes as well."
             )
-        return TokenPruneCallback(method)
+        return _Noting(method, trained)
     if not known.total:
         return known
     known.objective.moment = Moment("settle", 1.0)  # what the first run has chosen stays

@@ -1,6 +1,7 @@
 """What is measured, looked at and drawn: a saved model, its twins, the texts that it reads, and a clock."""
 
 import copy
+import glob
 import os
 import platform
 import tempfile
@@ -56,7 +57,11 @@ def read_texts(path: str | os.PathLike, columns: Sequence[str] = (), *, limit: i
     with tempfile.TemporaryDirectory() as cache:
         try:
             rows = datasets.load_dataset(
-                FILE_TYPES[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                FILE_TYPES[path.suffix],
+                data_files=glob.escape(str(path)),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
             )
         except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
             raise ConfigError(f"{path} cannot be read as {FILE_TYPES[path.suffix]}: {error.__cause__ or error}") from error

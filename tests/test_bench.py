@@ -255,6 +255,12 @@ def test_texts_are_read_from_files(data, name):
     assert read_texts(data / name, ["first", "second"], limit=2) == [(text, text[::-1]) for text in SENTENCES[:2]]
 
 
+def test_a_name_is_no_pattern(data):
+    for name, text in (("data[1].csv", "mine"), ("data1.csv", "another's")):
+        (data / name).write_text(f"first\n{text}\n")
+    assert read_texts(data / "data[1].csv", ["first"]) == ["mine"]
+
+
 def test_a_text_file_holds_a_text_a_line(tmp_path):
     (tmp_path / "texts.txt").write_text("the cat\n\n sat \n")
     assert read_texts(tmp_path / "texts.txt", limit=5) == ["the cat", "sat"]

@@ -357,6 +357,12 @@ def test_a_trainer_that_has_the_callback_already_is_refused(write, tmp_path, cap
     assert said.startswith("hf-tokenprune: The script's Trainer has a TokenPruneCallback already.")
 
 
+@pytest.mark.parametrize("end", ["", "sys.exit(0)"])
+def test_a_trainer_that_never_trains_prunes_nothing_and_says_so(write, tmp_path, capsys, end):
+    assert run_python(write, tmp_path, f"made().evaluate()\n{end}") == 1
+    assert "ended without training" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_each_model_of_several_trainers_is_pruned(write, tmp_path):
     body = """
 import gc, weakref
