@@ -57,13 +57,14 @@ def _train(trainer, train, *args, **kwargs):
 
 def _check_method(folder, model):
     """A run goes on with the method it began with."""
+    config, weights = _files(folder, model)
     try:
-        then = json.loads((folder / "config.json").read_text(encoding="utf-8"))["token_pruning"]["method"]
+        then = json.loads(config.read_text(encoding="utf-8"))["token_pruning"]["method"]
         now = transformers_model(model).config.token_pruning["method"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # an adapter's, or none that we wrote
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none that we wrote
         return
     changed = list(_changed(then, now))
-    late = {name for name, *_ in changed} & _chosen_by(folder, then)
+    late = {name for name, *_ in changed} & _chosen_by(folder, weights, then)
     if late:
         raise TrainingError(
             f"{folder} is of a run that has chosen by {', '.join(sorted(late))} already what goes. Resume it with the budget that it "
@@ -80,23 +81,32 @@ def _check_method(folder, model):
         logger.warning(f"The run that is resumed goes on with other settings than it began with: {what}.")
 
 
-def _chosen_by(folder, method):
+def _files(folder, model):
+    """Where in a checkpoint of a model, or of its active adapter, its config and its weights are."""
+    if not hasattr(model, "peft_config"):
+        return folder / "config.json", folder / "model.safetensors"
+    name = model.active_adapters[0]
+    place = folder if name == "default" else folder / name
+    return place / "adapter_config.json", place / "adapter_model.safetensors"
+
+
+def _chosen_by(folder, weights, method):
     """The budgets by which a checkpoint's run has chosen already what goes."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     logged = [entry["pruning_phase"] for entry in state["log_history"] if "pruning_phase" in entry]
-    planned = Schedule(**method["schedule"]).at(state["global_step"], _begun_for(folder) or state["max_steps"])
+    planned = Schedule(**method["schedule"]).at(state["global_step"], _begun_for(weights) or state["max_steps"])
     phase = max([PHASES.index(planned.phase), *logged[-1:]])
     done = {"static_macs": "static", "target_macs": "anneal", "target_params": "anneal"}
     return {budget for budget, last in done.items() if phase > PHASES.index(last)}
 
 
-def _begun_for(folder):
+def _begun_for(weights):
     """The number of steps that a checkpoint's run was begun for, None if that cannot be told."""
     try:
-        with safe_open(folder / "model.safetensors", "pt") as weights:
-            name = next(name for name in weights.keys() if name.endswith("training_state.total"))  # noqa: SIM118
-            return int(weights.get_tensor(name)) or None
-    except (OSError, SafetensorError, StopIteration):  # in several files, or of an adapter
+        with safe_open(weights, "pt") as tensors:
+            name = next(name for name in tensors.keys() if name.endswith("training_state.total"))  # noqa: SIM118
+            return int(tensors.get_tensor(name)) or None
+    except (OSError, SafetensorError, StopIteration):  # in several files
         return None
 
 

@@ -38,6 +38,7 @@ from training_helpers import (
 )
 
 import hf_tokenprune as tp
+from hf_tokenprune.checkpoints import _begun_for
 
 HEAD = "ForSequenceClassification"
 INPUTS = make_inputs("bert", HEAD)
@@ -319,6 +320,22 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(base_folder, tmp_pa
         trainer = trained(folder, top(), resume, model=model, save_strategy="steps", save_steps=1)
         ways.append(copy.deepcopy(trainer.model.state_dict()))
     assert_same_state(*ways)
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_a_run_goes_on_with_the_method_it_began_with(base_folder, tmp_path, name):
+    def model():
+        return get_peft_model(base(base_folder), LoraConfig(**LORA), adapter_name=name)
+
+    trained(tmp_path, model=model(), save_strategy="steps", save_steps=10, logging_strategy="no")
+    for method, message in (
+        (top(schedule=tp.Schedule(dense=1, anneal=2, settle=1)), "another method than this one: schedule was"),
+        (top(target_macs=0.4), "has chosen by target_macs"),
+    ):
+        with pytest.raises(tp.errors.TrainingError, match=message):
+            trained(tmp_path, method, True, model=model())
+    place = tmp_path / "checkpoint-10" / ("" if name == "default" else name)
+    assert _begun_for(place / "adapter_model.safetensors") == 12, "not what a resumed run is longer by"
 
 
 def test_the_teacher_is_the_merged_model_and_no_part_of_checkpoints(base_folder, tmp_path):
