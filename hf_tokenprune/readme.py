@@ -6,6 +6,7 @@ longer fits), the file is left as it is. What else stands in a README.md stays; 
 that.
 """
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ def is_edited(text: str) -> bool:
 def is_changed(text: str) -> bool:
     """Has anybody but this package changed a text of README.md since this package or a Trainer wrote it, as far as can be told?"""
     section = SECTION.search(text)
-    if BY_TRANSFORMERS in text:
+    if BY_TRANSFORMERS in text or _is_pefts(text):
         return False
     if section is None:
         return not _is_completed(text)
@@ -175,6 +176,17 @@ def _rest(text):
 def _is_completed(text):
     """Was it written by a Trainer, so that our section is to be added?"""
     return BY_TRAINER in text or BY_SENTENCE_TRANSFORMERS in text
+
+
+def _is_pefts(text):
+    """Is it the Hub's template as PEFT writes it beside an adapter, of which nobody has filled in anything?"""
+    body, *versions = ModelCard(text, ignore_metadata_errors=True).text.split("### Framework versions")
+    return len(versions) == 1 and body.strip() == _template()
+
+
+@functools.cache
+def _template():
+    return ModelCard.from_template(ModelCardData()).text.strip()
 
 
 def _is_bare(text):

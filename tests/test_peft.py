@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +129,30 @@ def test_the_adapter_folder_opens_on_the_base_and_by_auto_class(with_lora, base_
     assert sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors") < 100_000
 
 
+def test_the_card_of_an_adapter_is_the_trainers(with_lora, caplog):
+    """PEFT writes its template, of which nobody has filled in anything, with the adapter."""
+    trainer, _, _ = with_lora
+    trainer.save_model()
+    file = Path(trainer.args.output_dir) / "README.md"
+    assert "More Information Needed" in file.read_text()
+    trainer.create_model_card()
+    assert "Training hyperparameters" in file.read_text()
+    assert "written by hand" not in caplog.text
+    trainer.save_model()
+    assert "Training hyperparameters" in file.read_text()
+    file.write_text("Mine.\n")
+    trainer.create_model_card()
+    assert file.read_text() == "Mine.\n"
+
+
+def test_transformers_own_way_to_open_an_adapter_is_refused_with_the_right_one(with_lora, alone, base_folder):
+    for folder in (with_lora[1], alone[1]):
+        with pytest.raises(tp.errors.ConfigError, match=r"PeftModel\.from_pretrained"):
+            hf.AutoModelForSequenceClassification.from_pretrained(folder)
+    with pytest.raises(tp.errors.ConfigError, match="get_peft_model"):
+        base(base_folder).add_adapter(pruning())
+
+
 def test_where_adapters_are_disabled_the_base_is_as_it_came(with_lora, base_folder):
     _, folder, _ = with_lora
     expected = logits(base(base_folder))
@@ -178,6 +203,33 @@ def test_adapters_are_switched_with_their_pruners(with_lora, base_folder, tmp_pa
     with pytest.warns(UserWarning, match="b was active"):
         model.delete_adapter("b")
     assert torch.equal(logits(model), expected["a"])
+
+
+def test_a_sum_of_adapters_drops_what_the_first_of_them_drops(base_folder, tmp_path):
+    model = trained(tmp_path / "run", model=lora(base_folder, task_type=None)).model  # PEFT adds up none with a head
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "b")
+    expected = kept_bins(inside(model))
+    model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    assert kept_bins(inside(model)) == expected
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(base_folder), tmp_path / "sum")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_plain_adapter_can_be_loaded_beside_one_that_prunes(with_lora, base_folder, tmp_path):
+    """If its config says that it is one of ours."""
+    lora(base_folder, init_lora_weights=False).save_pretrained(tmp_path)
+    expected = logits(PeftModel.from_pretrained(base(base_folder), tmp_path))
+    model = PeftModel.from_pretrained(base(base_folder), with_lora[1])
+    with pytest.raises(ValueError, match="different peft types"):
+        model.load_adapter(tmp_path, "plain")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "TOKEN_PRUNE_LORA"}))
+    model.load_adapter(tmp_path, "plain")
+    model.set_adapter("plain")
+    assert torch.equal(logits(model), expected)
 
 
 def test_an_adapter_beside_one_that_learns_to_prune_stays_an_ordinary_one(base_folder, tmp_path):

@@ -12,6 +12,9 @@ enters in PEFT's mappings as soon as it and PEFT are imported; then `PeftModel.f
 has its own selection of tokens, which follows `set_adapter`; where adapters are disabled the base is as it came.
 `merge_and_unload` gives an ordinary token-pruned model, to be saved and opened without PEFT and without this package.
 
+PEFT loads adapters side by side that are of one type. A plain one, such as LoRA, is loaded beside one that prunes from a copy of its
+folder with `"peft_type": "TOKEN_PRUNE_LORA"` in `adapter_config.json`; it drops nothing all the same.
+
 Weights cannot be cut under adapters: the adapter folder does not hold the base's weights, and the base would be opened whole.
 """
 
@@ -90,6 +93,15 @@ class PruningAdapters(nn.Module, BaseTunerLayer):
 class PruningTuner:
     """What a tuner class of PEFT needs to know of pruners; comes before it among the bases."""
 
+    def __init__(self, model, peft_config, *args, **kwargs):
+        if isinstance(peft_config, PeftConfig):  # from transformers, which knows its own types of adapters only
+            raise ConfigError(
+                "An adapter that drops tokens goes into a PeftModel, not into a model of transformers itself. Make it by "
+                "get_peft_model(model, config); open a saved one by PeftModel.from_pretrained(model, folder), or by "
+                "AutoPeftModelFor....from_pretrained(folder)."
+            )
+        super().__init__(model, peft_config, *args, **kwargs)
+
     @property
     def adapters(self):
         """The model's `PruningAdapters`, or None."""
@@ -123,6 +135,13 @@ class PruningTuner:
     def set_adapter(self, *args, **kwargs):
         super().set_adapter(*args, **kwargs)
         self._mount()
+
+    def add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs):
+        """A sum of adapters drops the tokens that the first of them drops."""
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        pruners = self.adapters.pruners
+        if adapter_name in pruners:
+            pruners[adapter_name].load_state_dict(pruners[adapters[0]].state_dict(), strict=False)  # no state of a training
 
     def merge_adapter(self, *args, **kwargs):
         super().merge_adapter(*args, **kwargs)
