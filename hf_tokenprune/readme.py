@@ -150,7 +150,9 @@ def write_card(
 
 def describe(model, folder, repo_id=None, append=False, plot=False):
     """Write the card of a model that was just saved to a folder. That the model is saved matters more: a card that cannot be
-    written is a warning."""
+    written is a warning. A model of sentence-transformers writes its card last, unless there is one where it will be uploaded to."""
+    if (Path(folder) / "config_sentence_transformers.json").exists() and not (Path(folder) / FILE).exists():
+        return False
     try:
         evaluation = model.token_pruner.evaluation
         base = base_of(getattr(model.config, "name_or_path", None))

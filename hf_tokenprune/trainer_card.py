@@ -32,7 +32,12 @@ def _create(trainer, create, *args, **kwargs):
     if is_persons(folder / FILE):
         logger.warning(f"{folder / FILE} was written by hand, so it stays. Move it away to get a generated model card.")
         return
-    create(*args, **kwargs)
+    own = vars(trainer.model).pop("_create_model_card", None)  # of sentence-transformers, with less than is known here
+    try:
+        create(*args, **kwargs)
+    finally:
+        if own is not None:
+            trainer.model._create_model_card = own
     if (folder / "config.json").exists():  # or nothing has been saved yet, so that there is nothing to describe
         describe(
             transformers_model(trainer.model), folder, trainer.hub_model_id or trainer.args.hub_model_id, append=True, plot=True

@@ -8,6 +8,8 @@ dropped. Nothing about it differs between training, evaluation and the saved fol
 A loss of sentence-transformers is computed from embeddings of several forwards (anchor, positive, negative). The auxiliary loss
 rides on the output of each, and they count by their mean. The teacher teaches the embedding: what its own output becomes in
 the modules that follow, up to the first with weights of its own.
+
+The cards that such a model writes wherever it is saved or pushed are completed by what this package knows of it.
 """
 
 import copy
@@ -17,8 +19,11 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ..loading import open_as
+from ..errors import ConfigError
+from ..loading import HUB, open_as
 from ..modeling.architectures import transformers_model
+from ..modeling.modeling_token_pruned import is_token_pruned
+from ..readme import describe
 
 TRAINING_STATE = "token_pruner.training_state."
 
@@ -36,6 +41,9 @@ def from_pretrained(folder_or_id, model_class=None, **kwargs):
     Returns:
         The model, in evaluation mode.
 
+    Raises:
+        ConfigError: the folder was not saved by sentence-transformers, and another class of transformers is in it.
+
     Example:
         >>> model = from_pretrained("pruned-minilm")  # doctest: +SKIP
     """
@@ -46,10 +54,42 @@ def from_pretrained(folder_or_id, model_class=None, **kwargs):
 
     openers = {fullname(kind): token_pruned_transformer(kind) for kind in (Transformer, MLMTransformer)}
     model = (model_class or SentenceTransformer)._load_with_module_classes(folder_or_id, openers, **kwargs)
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, tuple(openers.values())):
             module.__class__ = type(module)._dense_class
+        elif isinstance(module, Transformer):
+            _open_again(module, folder_or_id, kwargs)
+    model.__dict__.pop("_module_classes", None)  # so that it can be pickled
+    _complete_cards(model)
     return model.eval()
+
+
+def _open_again(holder, folder_or_id, kwargs):
+    """A folder without modules.json, as a plain Trainer leaves it, is opened by transformers, and dense."""
+    dense = holder.model
+    if getattr(dense.config, "token_pruning", None) is None or is_token_pruned(dense):
+        return
+    written = next(iter(dense.config.architectures or ()), None)
+    if written != type(dense).__name__:
+        raise ConfigError(
+            f"{folder_or_id} holds a {written}, which was saved without sentence-transformers, and this class would make a "
+            f"{type(dense).__name__} of it. Name the class that it is for (CrossEncoder for a sequence classifier): model_class=..."
+        )
+    hub = {"cache_dir": kwargs.get("cache_folder"), **{name: kwargs[name] for name in HUB if name in kwargs}}
+    holder.model = open_as(dense.config, folder_or_id, dtype=dense.dtype, **hub).to(dense.device)
+
+
+def _complete_cards(model):
+    """Let a model's own cards have our section, also when it is copied."""
+    model._create_model_card = functools.partial(_create_card, model)
+
+
+def _create_card(model, path, model_name=None, *args, **kwargs):
+    type(model)._create_model_card(model, path, model_name, *args, **kwargs)
+    inner = transformers_model(model)
+    pushed = model_name is not None and model_name.count("/") == 1 and not Path(model_name).exists()
+    if is_token_pruned(inner):
+        describe(inner, path, model_name if pushed else None)
 
 
 def prepare(model, objective):
@@ -64,6 +104,7 @@ def prepare(model, objective):
     """
     if not any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__):
         return
+    _complete_cards(model)
     inner = transformers_model(model)
     holder = next(module for module in model.modules() if getattr(module, "model", None) is inner and module is not model)
     if not hasattr(type(holder), "_dense_class"):
