@@ -13,6 +13,7 @@ import tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_tokenprune as tp
+from hf_tokenprune.publish import push
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--folder", help="what trainer.save_model wrote (default: a tiny sequence classifier, made now)")
@@ -40,8 +41,7 @@ for file in sorted(Path(args.folder).iterdir()):
     if file.is_file():
         print(f"{file.stat().st_size / 1e6:10.3f} MB  {file.name}")
 if args.push:
-    tp.from_pretrained(args.folder).push_to_hub(args.push)  # the weights, and the code that opens them
-    AutoTokenizer.from_pretrained(args.folder).push_to_hub(args.push)
+    push(args.folder, args.push)  # weights, tokenizer, the code that opens them, and a card: one commit
     print(f"pushed; opens with AutoModelForSequenceClassification.from_pretrained({args.push!r}, trust_remote_code=True)")
 else:
     print(f"{args.folder} is ready; --push ID publishes it.")

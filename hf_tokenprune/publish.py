@@ -26,7 +26,7 @@ from .model_card import (
     read_folder,
     sentence_class_of,
 )
-from .readme import BY_TRANSFORMERS, is_changed, is_edited, lines_of, update
+from .readme import BY_TRANSFORMERS, is_changed, is_edited, known_results, lines_of, of_weights, update
 from .results import joined, read_results
 from .writing import write_file
 
@@ -114,7 +114,11 @@ def push(
     pushed, place = _pushed(folder), f"{repo_id}@{revision or 'main'}"
     theirs = there is not None and _is_kept(there, local, repo_id, pushed.get(place))
     current = there if theirs else local
-    evaluation = joined(before if isinstance(before, dict) else {}, evaluation)
+    if not isinstance(before, dict) or ("weights" in before and not known_results(local, folder)):
+        before = {}
+    evaluation = joined(before, evaluation)
+    if evaluation:
+        evaluation = of_weights(evaluation, folder)
     picture = draw(evaluation)
     known = {**_data(local), **_data(there)} if theirs else {**_data(there), **_data(local)}
     card = make_card(

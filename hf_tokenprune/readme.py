@@ -7,6 +7,7 @@ that.
 """
 
 import functools
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from .model_card import (
     sentence_class_of,
 )
 from .modeling.modeling_token_pruned import TokenPruningMixin
+from .weights import number_of
 from .writing import write_file
 
 logger = logging.get_logger(__name__)
@@ -119,7 +121,7 @@ def write_card(
 
     Args:
         folder: where the model was saved.
-        evaluation: what was measured, see `results.py`.
+        evaluation: what was measured, see `results.py`; by default what the present card says of the same weights.
         base_model: the id of the model it was fine-tuned from.
         append: also add the section to a README.md that has none.
         plot: draw `tokens_per_layer.png`, if matplotlib is installed.
@@ -133,19 +135,43 @@ def write_card(
         ConfigError: there is no token-pruned model in the folder.
     """
     folder = Path(folder)
-    picture = draw(evaluation) if plot and evaluation else None
+    file = folder / FILE
+    existing = file.read_text(encoding="utf-8") if file.exists() else None
+    picture, has_plot = (draw(evaluation) if plot and evaluation else None), False
+    if evaluation:
+        evaluation = of_weights(evaluation, folder)
+    elif evaluation := known_results(existing, folder):
+        has_plot = f"({PLOT})" in existing
     card = make_card(
         read_folder(folder), code_of(folder), evaluation, name=name_of(repo_id or folder), repo_id=repo_id,
-        base_model=base_model, license=license, plot=PLOT if picture else None, sentence_class=sentence_class_of(folder),
+        base_model=base_model, license=license, plot=PLOT if picture or has_plot else None,
+        sentence_class=sentence_class_of(folder),
     )  # fmt: skip
-    file = folder / FILE
-    text = update(card, file.read_text(encoding="utf-8") if file.exists() else None, append)
+    text = update(card, existing, append)
     if text is None:
         return False
     if picture:
         write_file(folder / PLOT, picture)
     write_file(file, text)
     return True
+
+
+def of_weights(evaluation: Mapping, folder: str | os.PathLike) -> dict:
+    """An evaluation that says of which weights and selection it is: those in a folder, if there are any."""
+    number = _number(folder)
+    return {**evaluation, **({} if number is None else {"weights": number})}
+
+
+def known_results(text: str | None, folder: str | os.PathLike) -> dict | None:
+    """The evaluation that a text of README.md holds, if it says that it is of the weights and selection in a folder."""
+    found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get(DATA) if text and DATA in text else None
+    if not isinstance(found, dict) or found.get("weights") is None or found["weights"] != _number(folder):
+        return None
+    return found
+
+
+def _number(folder):
+    return number_of(folder, json.dumps(read_folder(folder)["token_pruning"], sort_keys=True))
 
 
 def describe(model, folder, repo_id=None, append=False, plot=False):

@@ -2,8 +2,8 @@
 
 All entries are optional: `task`, `split`, `metric`, `score` and `dense_score`; `reduction` with `true_length` and `padded` (see
 `cost.py`); `max_length`, the length that padded MACs are counted at; `tokens` per sample, and `kept`, for each layer the share of
-them that leaves it; `latency` with `machine`, `texts`, `threads`, `dtype`, `load_average` and `ms`: milliseconds per sample of each
-contender of `bench`, by batch size.
+them that leaves it; `weights`, a number for the model as it was measured; `latency` with `machine`, `texts`, `threads`, `dtype`,
+`load_average` and `ms`: milliseconds per sample of each contender of `bench`, by batch size.
 """
 
 import json

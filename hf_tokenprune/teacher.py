@@ -1,7 +1,6 @@
 """Teachers: a frozen, packed, dense copy of a model, and where the "self" teacher of a run is kept."""
 
 import copy
-import hashlib
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from .modeling.configs import restored
 from .modeling.modeling_token_pruned import is_token_pruned, pack
 from .modeling.shapes import replay, shape_map
 from .processes import whole
+from .weights import number_of
 
 logger = logging.get_logger(__name__)
 HEAD = re.compile(r"(For[A-Z]\w*|Model)$")
@@ -77,9 +77,9 @@ def save_teacher(teacher, output_dir):
     new, old = temporary / "new", temporary / "old"
     try:
         teacher.save_pretrained(new)
-        number = _fingerprint(new)
+        number = number_of(new)
         if target.exists():
-            if _fingerprint(target) == number:
+            if number_of(target) == number:
                 return number
             os.replace(target, old)
         os.replace(new, target)
@@ -100,7 +100,7 @@ def load_teacher(output_dir, number, device):
             f"The run to resume has left its dense phase and needs its teacher, but there is none in {folder}. Put the folder back "
             "that this run wrote there, or name a teacher: ToP(teacher='path/to/it')."
         )
-    if number and _fingerprint(folder) != number:
+    if number and number_of(folder) != number:
         raise TrainingError(
             f"{folder} holds the teacher of another run than the checkpoint to resume. Use one output_dir per run, or name the "
             "right teacher: ToP(teacher='path/to/it')."
@@ -156,10 +156,3 @@ def check_head(model):
             f"This {type(model).__name__} is not as its config says, in {', '.join(odd[:3])}{', ...' if odd[3:] else ''}: saved, it "
             "could not be opened again. Say by the config what can be said there (num_labels=...), and leave the modules as they are."
         )
-
-
-def _fingerprint(folder):
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return int.from_bytes(digest.digest()[:7], "big")

@@ -8,10 +8,14 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
@@ -230,3 +234,16 @@ def running_hub():
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+def run_as_writer(hub, script, *argv, home):
+    """Run a script in a process for which this is the Hub, and fail if it does."""
+    here = Path(__file__).parent
+    variables = {
+        **{name: value for name, value in os.environ.items() if name not in ("HF_HUB_CACHE", "HF_MODULES_CACHE")},
+        "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_TOKEN": "writer",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }  # fmt: skip
+    command = [sys.executable, "-c", script, *map(str, argv)]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]

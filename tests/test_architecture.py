@@ -20,7 +20,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # other leaves imports them.
 LAYERS = (
     {"modeling"},
-    {"errors", "precision", "writing"},
+    {"errors", "precision", "weights", "writing"},
     {"cost", "depth", "gates", "losses", "schedule", "loading", "processes", "sharding"},
     {"budget", "checkpoints", "structure", "surgery", "teacher"},
     {"methods"},

@@ -1,15 +1,12 @@
 """Models of sentence-transformers outside of their Trainers: opened from a folder of transformers' own, saved, copied, pushed."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hub_server import running_hub
+from hub_server import run_as_writer, running_hub
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from test_trainers import encode, inside, save_models, trainer_for
 from training_helpers import at_home
@@ -119,15 +116,7 @@ model.push_to_hub("user/first", exist_ok=True)
 
 def test_what_is_pushed_says_how_it_is_opened_and_what_a_person_wrote_stays(saved, tmp_path):
     with running_hub() as hub:
-        variables = {
-            **{name: value for name, value in os.environ.items() if name not in ("HF_HUB_CACHE", "HF_MODULES_CACHE")},
-            "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
-            "HF_TOKEN": "writer", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(tp.__file__).parent.parent),
-        }  # fmt: skip
-        command = [sys.executable, "-c", PUSHER, str(saved)]
-        run = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr[-3000:]
+        run_as_writer(hub, PUSHER, saved, home=tmp_path / "home")
         *_, before, edited, last = [files["README.md"].decode() for _, files in hub.repositories["user/first"].branches["main"]]
     assert says_how(before)
     assert 'SentenceTransformer("user/first", trust_remote_code=True)' in before

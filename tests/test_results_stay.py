@@ -1,0 +1,114 @@
+"""What was measured of a model stays in its card for as long as the weights are those that it was measured of."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from hub_server import run_as_writer, running_hub
+from huggingface_hub import ModelCard
+from training_helpers import top, trainer_for
+
+import hf_tokenprune as tp
+from hf_tokenprune.model_card import DATA, PLOT
+from hf_tokenprune.publish import push
+from hf_tokenprune.readme import write_card
+from hf_tokenprune.weights import number_of
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The folder of a model that its Trainer has evaluated, and the score."""
+    folder = tmp_path_factory.mktemp("measured")
+    trainer = trainer_for(folder, top(), compute_metrics=lambda _: {"accuracy": 0.625})
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    return folder
+
+
+def card_of(folder):
+    return ModelCard((Path(folder) / "README.md").read_text())
+
+
+def has_results(card):
+    found = [DATA in card.data.to_dict(), "model-index" in card.data.to_dict(), "0.6250" in card.text]
+    assert len(set(found)) == 1
+    return found[0]
+
+
+def test_results_stay_with_weights_that_are_saved_again(measured, tmp_path):
+    folder = shutil.copytree(measured, tmp_path / "saved")
+    (folder / PLOT).write_bytes(b"a picture")
+    before = card_of(folder)
+    assert has_results(before)
+    model = tp.from_pretrained(folder)
+    model.save_pretrained(folder)
+    assert card_of(folder).data.to_dict()[DATA] == before.data.to_dict()[DATA]
+    assert has_results(card_of(folder))
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    model.save_pretrained(folder)
+    assert not has_results(card_of(folder))
+
+
+def test_results_are_of_a_selection_too(tmp_path):
+    for keep in (0.5, 0.25):
+        model = tp.attach(build("bert", "ForSequenceClassification"), {1: tp.TopK(keep)})
+        model.token_pruner.evaluation = {"metric": "accuracy", "score": 0.625} if keep == 0.5 else None
+        model.save_pretrained(tmp_path)
+        assert has_results(card_of(tmp_path)) == (keep == 0.5)
+
+
+def test_a_picture_stays_with_them(measured, tmp_path):
+    folder = shutil.copytree(measured, tmp_path / "saved")
+    write_card(folder, card_of(folder).data.to_dict()[DATA], plot=True)
+    assert f"({PLOT})" in card_of(folder).text
+    tp.from_pretrained(folder).save_pretrained(folder)
+    assert f"({PLOT})" in card_of(folder).text
+
+
+def test_results_that_others_have_put_beside_the_weights_are_not_pushed(measured, tmp_path):
+    folder = shutil.copytree(measured, tmp_path / "saved")
+    assert has_results(ModelCard(push(folder, "user/name", dry_run=True).card))
+    model = tp.from_pretrained(folder)
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    model.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", folder)
+    assert not has_results(ModelCard(push(folder, "user/name", dry_run=True).card))
+
+
+PUSHER = """
+import sys
+import torch
+import hf_tokenprune as tp
+from hf_tokenprune.publish import push
+
+push(sys.argv[1], "user/name")
+model = tp.from_pretrained("user/name")
+model.push_to_hub("user/name")
+with torch.no_grad():
+    model.classifier.bias.add_(1)
+model.push_to_hub("user/name")
+"""
+
+
+def test_results_stay_on_the_hub(measured, tmp_path):
+    with running_hub() as hub:
+        run_as_writer(hub, PUSHER, shutil.copytree(measured, tmp_path / "saved"), home=tmp_path / "home")
+        cards = [ModelCard(files["README.md"].decode()) for _, files in hub.repositories["user/name"].branches["main"]]
+    assert [has_results(card) for card in (cards[0], cards[-2], cards[-1])] == [True, True, False]
+
+
+def test_the_number_of_weights_is_of_what_they_say(tmp_path):
+    """However many files they are in, and whatever else is saved with them."""
+    model = tp.attach(build("bert", "ForSequenceClassification"), {1: tp.RankBins(bins=4)})
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    assert number_of(tmp_path / "one") == number_of(tmp_path / "many")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert number_of(tmp_path / "half") != number_of(tmp_path / "one")
+    assert number_of(tmp_path) is None
