@@ -31,7 +31,8 @@ TRAINING_STATE = "token_pruner.training_state."
 def from_pretrained(folder_or_id, model_class=None, **kwargs):
     """Load a model of sentence-transformers that was saved token-pruned, executing nothing from the folder.
 
-    Where this package is not installed, `SentenceTransformer(folder, trust_remote_code=True)` does it by the code in the folder.
+    Where this package is not installed, `SentenceTransformer(folder, trust_remote_code=True)` does it by the code in the folder. That
+    is also the way to open what a plain Trainer has saved (no `modules.json`) with weights cut as no plain config can say.
 
     Args:
         folder_or_id: a local folder, or the id of a repository on the Hub.
