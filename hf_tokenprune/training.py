@@ -383,9 +383,12 @@ def _forget_what_is_gone(optimizer, model, _incompatible_keys):
 def _check_checkpointing(model):
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+        if not getattr(module, "gradient_checkpointing", False) or not isinstance(function, functools.partial):
+            continue
+        if function.keywords.get("use_reentrant", True):  # torch's default; transformers says False where it is given nothing
             raise TrainingError(
-                "Gradient checkpointing with use_reentrant=True cuts the gates off from their gradient. Leave it out, or say False."
+                "Gradient checkpointing with use_reentrant=True, torch's default, cuts the gates off from their gradient. Say "
+                'activation_checkpointing_kwargs={"use_reentrant": False}.'
             )
 
 

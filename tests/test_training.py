@@ -200,6 +200,12 @@ def test_reentrant_checkpointing_changes_nothing_or_is_refused(tmp_path):
     assert_same_state(state, trained(tmp_path, model=build("bert", HEAD)).model.state_dict())
 
 
+def test_checkpointing_that_does_not_say_which_is_reentrant(tmp_path):
+    asked = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"preserve_rng_state": False}}
+    with pytest.raises(tp.errors.TrainingError, match="use_reentrant"):
+        trained(tmp_path, model=build("bert", HEAD), **asked)
+
+
 def test_bf16_trains_and_drops_tokens(tmp_path):
     trainer = trained(tmp_path, bf16=True)
     assert logged(trainer, "tokens_after_2")[-1] < 0.6
