@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import sys
 from importlib import import_module
 
@@ -195,7 +196,7 @@ class TokenPruneCallback(TrainerCallback):
                 "batch at fault."
             )
 
-    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+    def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         if args.world_size > 1 and self.method.cuts_weights and self.objective.wrapper is None:
             raise TrainingError(
                 f"{type(self.method).__name__} cuts weights in mid-run, and several processes can only go on after that inside of "
@@ -216,7 +217,7 @@ class TokenPruneCallback(TrainerCallback):
         was_cut = self.objective.moment.phase != now.phase and self.objective.end_phase(now.phase, optimizer)
         if was_cut or self.objective.moment.phase == "settle":
             # A model that was better before it met the budget is none to come back to.
-            _forget_best(state)
+            _forget_best(state, lr_scheduler)
         self.objective.moment = now
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -239,10 +240,10 @@ class TokenPruneCallback(TrainerCallback):
             if evaluated not in (None, "train"):
                 self._note_evaluation(args, state.log_history, evaluated)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        # As the budget tightens every metric gets worse: no reason to stop early, and no model to come back to.
-        if self.objective is not None and self.objective.moment.phase != "settle":
-            _forget_best(state)
+    def on_evaluate(self, args, state, control, lr_scheduler=None, **kwargs):
+        # As the budget tightens every metric gets worse: no reason to stop early or to lower the rate, and no model to come back to.
+        if self.objective is not None and (phase := self.objective.moment.phase) != "settle":
+            _forget_best(state, None if phase == "dense" else lr_scheduler)
 
     def on_predict(self, args, state, control, **kwargs):
         if self.objective is not None and is_token_pruned(self.inner):
@@ -368,8 +369,14 @@ def _count_evaluations_alone(trainer, callback):
     trainer.evaluation_loop = evaluation_loop
 
 
-def _forget_best(state):
+def _forget_best(state, scheduler=None):
+    """Let the next evaluation be the best so far, for the Trainer and for a scheduler that goes by evaluations, if it does."""
     state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+    if hasattr(scheduler, "num_bad_epochs"):  # ReduceLROnPlateau, GreedyLR
+        scheduler.best = math.inf if scheduler.mode == "min" else -math.inf
+        scheduler.num_bad_epochs = 0
+        if hasattr(scheduler, "num_good_epochs"):
+            scheduler.num_good_epochs = 0
 
 
 def _forget_what_is_gone(optimizer, model, _incompatible_keys):

@@ -155,6 +155,20 @@ def test_neftune_adds_noise_in_training_only_and_not_to_the_teacher(tmp_path):
     assert torch.equal(outputs_of(opened, inputs)["logits"], outputs_of(at_home(trainer.model.eval()), inputs)["logits"])
 
 
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_the_tightening_budget_is_no_plateau(tmp_path, kind):
+    """The metric is best in the dense phase (steps 1 to 4), gets worse while annealing and better while settling, or stays."""
+    for at_last in (0.0, 0.1):
+        marks = iter([4, 3, 2, 1, 6, 7, 8, 9, *(9 - at_last * step for step in range(4))])
+        trainer = trainer_for(
+            tmp_path, top(), eval_strategy="steps", eval_steps=1, logging_steps=1, metric_for_best_model="mark",
+            lr_scheduler_type=kind, lr_scheduler_kwargs={"patience": 1, "factor": 0.5, "min_lr": 1e-5, "max_lr": 1e-3}
+            if kind == "greedy" else {"patience": 1}, compute_metrics=lambda _, marks=marks: {"mark": next(marks)},
+        )  # fmt: skip
+        trainer.train()
+        assert (trainer.optimizer.param_groups[0]["lr"] < 1e-3) == (at_last == 0)
+
+
 def test_callbacks_before_and_after_ours_see_the_same(tmp_path):
     before, later = Recorder(), Recorder()
     trainer = trainer_for(tmp_path, callbacks=[before, tp.TokenPruneCallback(top())])
