@@ -238,7 +238,10 @@ class TokenPruneCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(numbers)
             if evaluated not in (None, "train"):
-                self._note_evaluation(args, state.log_history, evaluated)
+                history, metric = state.log_history, args.metric_for_best_model
+                if evaluated.startswith("eval_"):
+                    history, evaluated = _evaluation_that_counts(history, state.global_step, metric)
+                self._note_evaluation(args, history, evaluated)
 
     def on_evaluate(self, args, state, control, lr_scheduler=None, **kwargs):
         # As the budget tightens every metric gets worse: no reason to stop early or to lower the rate, and no model to come back to.
@@ -255,11 +258,10 @@ class TokenPruneCallback(TrainerCallback):
         loaded = args.load_best_model_at_end and state.best_model_checkpoint
         if loaded:  # of the best evaluations only those count that were saved
             step = int(loaded.rpartition("-")[2])
-            best = [number for number, entry in enumerate(state.log_history) if entry.get("step") == step]
-            best = [number for number in best if "eval_runtime" in state.log_history[number]]
+            best = _evaluation_that_counts(state.log_history, step, args.metric_for_best_model)
             self.inner.token_pruner.evaluation = None
-            if best:
-                self._note_evaluation(args, state.log_history[: best[-1] + 1], "eval")
+            if best is not None:
+                self._note_evaluation(args, *best)
         if state.global_step < (end := self.method.schedule.start("settle", self.total)):
             logger.warning(
                 f"Training ended at step {state.global_step}, before the budget was met: annealing goes on to step "
@@ -367,6 +369,21 @@ def _count_evaluations_alone(trainer, callback):
         return loop(*args, **kwargs)
 
     trainer.evaluation_loop = evaluation_loop
+
+
+def _evaluation_that_counts(history, step, metric):
+    """The log up to the evaluation of a step, and what its names begin with; None if there was none. Of several sets
+    (`eval_<set>_...`) that one counts by whose `metric` the best model is chosen, or else the first."""
+    found = {}
+    for number, entry in enumerate(history, start=1):
+        if entry.get("step") == step:
+            timed = (name.removesuffix("_runtime") for name in entry if name.startswith("eval") and name.endswith("_runtime"))
+            found |= dict.fromkeys(timed, number)
+    if not found:
+        return None
+    metric = f"eval_{(metric or '').removeprefix('eval_')}"
+    prefix = max((prefix for prefix in found if metric.startswith(f"{prefix}_")), key=len, default=next(iter(found)))
+    return history[: found[prefix]], prefix
 
 
 def _forget_best(state, scheduler=None):
