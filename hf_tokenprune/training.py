@@ -18,6 +18,7 @@ from .errors import TokenPruneError, TrainingError
 from .integrations import sentence_transformers
 from .modeling.architectures import is_sharded, transformers_model
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
+from .modeling.shapes import shape_map
 from .processes import total_of
 from .results import evaluation_of_log
 from .sharding import check_sharding, has_engine, reshard
@@ -61,6 +62,8 @@ class TokenPruneCallback(TrainerCallback):
         self.settled = None  # counts what is spent since nothing is chosen any more
         self.reached = None  # the share of the dense model's MACs that it is, once training is over
         self.watch = None
+        self.untrained = False  # the model drops nothing yet, and has not been trained with this callback
+        self.unpruned = {}  # what it was evaluated to by then
 
     def attach(self, model):
         """Prepare a model. The Trainer's constructor does it through this callback; call it yourself where the optimizer is made
@@ -82,6 +85,8 @@ class TokenPruneCallback(TrainerCallback):
             base = adapters.base_of(inner)
         else:
             check_head(inner)
+        pruned = is_token_pruned(inner) and (len(inner.token_pruner.sites) or shape_map(inner) is not None)
+        self.untrained, self.unpruned = not pruned, {}
         with _as_it_was_if_refused(inner):
             self.objective = self.method.attach(inner)
         if adapters is not None:
@@ -125,6 +130,7 @@ class TokenPruneCallback(TrainerCallback):
             )
         if self.watch is not None:
             self.watch.remove()
+        self.untrained = False
         _check_checkpointing(model)
         reshard(model)
         gates = list(self.inner.token_pruner.training_state.parameters())
@@ -238,6 +244,8 @@ class TokenPruneCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(numbers)
             if evaluated not in (None, "train"):
+                if self.untrained:
+                    self.unpruned.update(logs)
                 history, metric = state.log_history, args.metric_for_best_model
                 if evaluated.startswith("eval_"):
                     history, evaluated = _evaluation_that_counts(history, state.global_step, metric)
@@ -298,8 +306,8 @@ class TokenPruneCallback(TrainerCallback):
     def _note_evaluation(self, args, history, prefix):
         """Remember for the model card what the last entry of the log says about the model as it is."""
         dense = self.method.schedule.steps(self.total)["dense"] if self.total else 0
-        metric = args.metric_for_best_model
-        self.inner.token_pruner.evaluation = evaluation_of_log(history, prefix, metric, dense)
+        metric, unpruned = args.metric_for_best_model, {} if dense else self.unpruned
+        self.inner.token_pruner.evaluation = evaluation_of_log(history, prefix, metric, dense, unpruned)
 
     def _measure(self, pruner):
         self.meters[self.inner.training].update()

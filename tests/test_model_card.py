@@ -261,6 +261,33 @@ def test_a_model_that_has_trained_on_says_nothing_of_its_old_evaluation(tmp_path
     assert saved_data(trainer, tmp_path / "saved")[DATA]["score"] == metrics["eval_accuracy"]
 
 
+def test_without_a_dense_phase_the_dense_score_is_that_of_an_evaluation_before_training(tmp_path):
+    plan = tp.Schedule(dense=0, anneal=1, settle=1)
+    scores = iter([0.9, 0.8, 0.7, 0.6])
+    trainer = trainer_for(tmp_path / "run", top(schedule=plan), compute_metrics=lambda _: {"score": next(scores)})
+    trainer.evaluate()
+    found = saved_data(trainer, tmp_path / "saved")[DATA]
+    assert found["score"] == 0.9
+    assert "dense_score" not in found
+    for score in (0.8, 0.7):  # what is evaluated before it is trained once more is no dense model
+        trainer.train()
+        trainer.evaluate()
+        found = saved_data(trainer, tmp_path / "saved")[DATA]
+        assert (found["score"], found["dense_score"]) == (score, 0.9)
+    again = trainer_for(tmp_path / "run", top(schedule=plan), model=trainer.model, compute_metrics=lambda _: {"score": 0.7})
+    again.evaluate()
+    again.train()
+    again.evaluate()
+    assert "dense_score" not in saved_data(again, tmp_path / "saved")[DATA]
+
+
+def test_an_evaluation_before_a_dense_phase_is_none_of_the_dense_model(tmp_path):
+    trainer = trainer_for(tmp_path / "run", top(), compute_metrics=accuracy)
+    for step in (trainer.evaluate, trainer.train, trainer.evaluate):
+        step()
+    assert "dense_score" not in saved_data(trainer, tmp_path / "saved")[DATA]
+
+
 def test_the_best_model_says_how_itself_was_evaluated(tmp_path):
     trainer = trainer_for(
         tmp_path / "run", top(), compute_metrics=lambda _: {"score": -float(trainer.state.global_step)}, eval_strategy="steps",
