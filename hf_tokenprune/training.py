@@ -262,14 +262,15 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None
-        self.objective.end_run(self.reached)
-        loaded = args.load_best_model_at_end and state.best_model_checkpoint
+        loaded, best_spent = args.load_best_model_at_end and state.best_model_checkpoint, None
         if loaded:  # of the best evaluations only those count that were saved
             step = int(loaded.rpartition("-")[2])
             best = _evaluation_that_counts(state.log_history, step, args.metric_for_best_model)
             self.inner.token_pruner.evaluation = None
             if best is not None:
                 self._note_evaluation(args, *best)
+                best_spent = best[0][-1].get(f"{best[1]}_macs_realised")
+        self.objective.end_run(self.reached, best_spent)
         if state.global_step < (end := self.method.schedule.start("settle", self.total)):
             logger.warning(
                 f"Training ended at step {state.global_step}, before the budget was met: annealing goes on to step "

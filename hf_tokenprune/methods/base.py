@@ -116,8 +116,9 @@ class Objective:
         """What a settled run was asked for and has come to, for its last log. `spent`: the share of the dense model's MACs."""
         return {f"{self.cost}_target": self.target(), "macs_realised": spent}
 
-    def end_run(self, spent):
-        """Training is over: say what went wrong. `spent`: as `reached` was told, or None if it never settled."""
+    def end_run(self, spent, best_spent=None):
+        """Training is over: say what went wrong. `spent`: as `reached` was told, or None if it never settled. `best_spent`: what the
+        best model spent in its evaluation, if that one was loaded and it is known."""
 
     def end_phase(self, phase, optimizer):
         """A phase has ended with its last step. Returns True if the weights were cut."""

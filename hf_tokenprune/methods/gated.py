@@ -216,7 +216,7 @@ class GatedObjective(Objective):
 
     MISSED = 0.05  # what is spent above the target, as a share of it, at which to say so
 
-    def end_run(self, spent):
+    def end_run(self, spent, best_spent=None):
         if self.gates.cost == "macs" and spent is not None and spent > (1 + self.MISSED) * (target := self.gates.final):
             logger.warning(
                 f"The model spends {spent:.3f} of the dense model's MACs on its training texts, more than the {target:g} asked "
