@@ -155,6 +155,12 @@ class TokenPruneCallback(TrainerCallback):
                     f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0; an optimizer that "
                     "finds its own (Adafactor with relative_step=True) does not say how far gates would move."
                 )
+            if group.get("scale_parameter", "beta2_decay" in group):  # of transformers' Adafactor; torch's can do no other
+                raise TrainingError(
+                    "This Adafactor multiplies each step by the size of the parameter, and gates, which begin at 0, would take a "
+                    "thousandth of theirs. Use transformers' with scale_parameter=False and relative_step=False (the Trainer's "
+                    'optim="adafactor" is that), or another optimizer.'
+                )
             self.objective.start_run(learning_rate, steps)
         self.told = False
         self.meters[True], self.settled, self.reached = CostMeter(self.inner), CostMeter(self.inner), None

@@ -311,6 +311,29 @@ def test_an_optimizer_that_finds_its_own_pace_is_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    "make", [lambda ps: Adafactor(ps, lr=1e-3, relative_step=False), lambda ps: torch.optim.Adafactor(ps, lr=1e-3)],
+    ids=["transformers'", "torch's"],
+)  # fmt: skip
+def test_an_optimizer_that_steps_by_the_size_of_parameters_is_refused(tmp_path, make):
+    callback = tp.TokenPruneCallback(top())
+    model = callback.attach(build("bert", HEAD))
+    optimizer = make(model.parameters())
+    with pytest.raises(tp.errors.TrainingError, match="scale_parameter=False"):
+        trainer_for(tmp_path, model=model, callbacks=[callback], optimizers=(optimizer, None)).train()
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_gates_that_hardly_move_are_told(tmp_path, caplog, absolute):
+    """A schedule may set the rate itself, over an optimizer's that is 1."""
+    callback = tp.TokenPruneCallback(top())
+    model = callback.attach(build("bert", HEAD))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0 if absolute else 1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1e-3 if absolute else 1.0)
+    trainer_for(tmp_path, model=model, callbacks=[callback], optimizers=(optimizer, schedule)).train()
+    assert ("hardly moved" in caplog.text) == absolute
+
+
 def test_where_nothing_settles_gates_are_closed_all_the_same(tmp_path):
     """Another Trainer, without the callback, trains the model as it has become."""
     callback = tp.TokenPruneCallback(top(schedule=tp.Schedule(dense=1, anneal=1, settle=0)))

@@ -166,8 +166,11 @@ class BudgetedGates:
             self.state.start.copy_(torch.cat([torch.zeros(0), *(part.start() for part in self.parts)]))
             self.state.information.zero_()
             self.state.lengths.zero_()
-        rate = self.gate_lr if self.gate_lr is not None else min(max(20 / max(steps, 1), 0.01), 0.2)
-        self.state.scale.fill_(rate / learning_rate)
+        self.state.scale.fill_(self.rate(steps) / learning_rate)
+
+    def rate(self, steps):
+        """By how much log-odds are to move per step of a phase of so many."""
+        return self.gate_lr if self.gate_lr is not None else min(max(20 / max(steps, 1), 0.01), 0.2)
 
     # The budget.
 
