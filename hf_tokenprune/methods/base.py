@@ -295,6 +295,8 @@ class Objective:
         total = 0.0
         for name in names:
             student, target = outputs[name], taught[name]
+            if student.dim() < target.dim():  # ModernBERT's `sparse_prediction`: logits of labelled tokens only
+                target = target[kwargs["labels"].ne(model.sparse_pred_ignore_index)]
             mask = _rows_that_count(target, kwargs)
             if mask is not None:
                 student, target = student[mask], target[mask]
