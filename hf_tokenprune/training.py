@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 
 from torch import nn
@@ -119,6 +120,7 @@ class TokenPruneCallback(TrainerCallback):
             follow(trainer)
             resume_complete(trainer)
             _count_evaluations_alone(trainer, self)
+            _note_labels(trainer, self)
         _log_first(self)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -384,6 +386,19 @@ def _count_evaluations_alone(trainer, callback):
         return loop(*args, **kwargs)
 
     trainer.evaluation_loop = evaluation_loop
+
+
+def _note_labels(trainer, callback):
+    """Where the loss is computed outside of the model, labels are taken from the batch before the model sees it."""
+    compute = trainer.compute_loss
+
+    @functools.wraps(compute)
+    def compute_loss(model, inputs, *args, **kwargs):
+        if callback.objective is not None:
+            callback.objective.labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
 
 
 def _evaluation_that_counts(history, step, metric):

@@ -20,7 +20,7 @@ class SaliencyLoss(Helper):
     """
 
     def __init__(self, model, weight):
-        self.weight, self.separate = weight, is_separate(model)
+        self.weight = weight
         self.layers = list(get_layers(*find_encoder(model)))
         self.gradients = None
 
@@ -39,7 +39,8 @@ class SaliencyLoss(Helper):
         calls = objective.teacher.token_pruner.last_forward.calls
         learn = self._who_learns(objective)
         if learn:
-            said = sum(_said(*reading, self.separate) for reading in _readings(objective, taught, calls[0].batch))
+            separate = is_separate(objective.model)
+            said = sum(_said(*reading, separate) for reading in _readings(objective, taught, calls[0].batch))
             # Scaled as the loss is: in half precision the gradients of a text that nothing hangs on would be lost.
             asked = [call.entered for call in calls[min(learn.values()) :]]  # what earlier layers say nobody hears
             self.gradients = torch.autograd.grad(said * objective.loss_scale(), asked)
