@@ -171,6 +171,9 @@ class TokenPruneCallback(TrainerCallback):
         if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
             self.objective.harden()
         self.objective.loss_scale = lambda: _loss_scale(optimizer)
+        trainer = _calling_trainer()
+        says = getattr(trainer, "loss_is_scaled_for_ga", None)
+        self.objective.undivided = says is None and getattr(trainer, "model_accepts_loss_kwargs", False)
         self.objective.processes = args.world_size if args.average_tokens_across_devices else 1
         if self.method.teacher not in ("self", None):
             teacher = self.method.teacher

@@ -211,6 +211,26 @@ def test_saliency_knows_by_then_what_logits_mean(tmp_path, monkeypatch):
     assert all(seen)
 
 
+class OwnLoss(LossFromLogits):
+    """It does not say what a loss is divided by."""
+
+    loss_is_scaled_for_ga = None
+
+
+class Whatever(OwnLoss):
+    """It leaves the loss to the Trainer."""
+
+    def compute_loss(self, *args, **kwargs):
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("trainer", [OwnLoss, LossFromLogits, Whatever, Trainer])
+def test_a_loss_that_nobody_divides_is_told(tmp_path, caplog, trainer, accumulation):
+    trainer_for(tmp_path, PullMethod(), trainer=trainer, gradient_accumulation_steps=accumulation, max_steps=2).train()
+    assert caplog.text.count("loss_is_scaled_for_ga") == (trainer is OwnLoss and accumulation > 1)
+
+
 def test_an_output_that_is_no_loss_is_not_taken_for_one():
     """BERT's pre-training head wants two kinds of labels; given one, its first output is not a loss."""
     inputs = make_inputs("bert", HEAD)

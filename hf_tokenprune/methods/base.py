@@ -66,6 +66,7 @@ class Objective:
         processes: how many share out the labels that `num_items_in_batch` counts.
         labels: those of the running micro-batch as the Trainer has them, or None: where somebody else computes the loss, the model
             does not see them.
+        undivided: the Trainer takes for granted that a loss is divided by the labels of the whole step, and divides none itself.
         loss_scale: callable; what mixed precision multiplies the loss by before its backward.
         measures_gap: in the next forward, compare the soft model with the hard one.
         sharded: FSDP2 or DeepSpeed has the parameters.
@@ -87,7 +88,7 @@ class Objective:
         self.teacher = None
         self.taught = self.outputs = None
         self.accumulation = self.processes = 1
-        self.labels = None
+        self.labels, self.undivided = None, False
         self.loss_scale = lambda: 1.0
         self.measures_gap = False
         self.wrapper, self.sharded, self.forgets = None, False, True
@@ -257,6 +258,7 @@ class Objective:
             total.register_hook(lambda _: setattr(forwards, "done", True))
         of_step = self._share_of_step(kwargs)
         if of_step is None:
+            self._tell_if_undivided(kwargs)
             # The Trainer divides the model's loss itself; one computed from other outputs is divided by nobody we can ask.
             scale = lambda: self.loss_scale() / (self.accumulation * forwards.count)  # noqa: E731
             return carry(outputs, total, has_loss=loss is not None, share=scale, sharded=self.sharded)
@@ -275,6 +277,18 @@ class Objective:
         if items is None or not isinstance(labels, torch.Tensor):
             return None
         return labels.ne(-100).sum() / torch.as_tensor(items).clamp(min=1)  # a whole step may have none
+
+    def _tell_if_undivided(self, kwargs):
+        """Say so if the main loss may weigh as much as there are micro-batches more than ours: its Trainer has counted the labels of
+        the whole step, but did not let the model know."""
+        uncounted = isinstance(self.labels, torch.Tensor) and kwargs.get("num_items_in_batch") is None
+        if self.undivided and uncounted and self.accumulation > 1:
+            self.undivided = False
+            logger.warning(
+                "This Trainer's compute_loss passes no num_items_in_batch to the model. If its loss is a mean over one micro-batch, "
+                f"the Trainer adds up {self.accumulation} undivided, and the losses of pruning weigh that much less: set "
+                "loss_is_scaled_for_ga = False in the Trainer's class. If it is divided by num_items_in_batch already, set True."
+            )
 
     def _tell_if_unknown(self, model):
         """Say so if nobody says whether these logits are one class of many, or several judgements: the model sees no labels."""
