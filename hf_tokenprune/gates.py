@@ -54,7 +54,17 @@ def keep_probability(log_alpha):
         >>> keep_probability(torch.tensor([-20.0, 0.0, 20.0]))
         tensor([1.0195e-08, 8.3182e-01, 1.0000e+00])
     """
-    return torch.sigmoid(at_least_float32(log_alpha) - _SHIFT)
+    return torch.sigmoid(keep_log_odds(log_alpha))
+
+
+def keep_log_odds(log_alpha):
+    """The log-odds of `keep_probability`, which tell gates apart whose probabilities are all 1 or 0 to the last bit.
+
+    Example:
+        >>> keep_log_odds(torch.tensor([-20.0, 0.0, 20.0]))
+        tensor([-18.4014,   1.5986,  21.5986])
+    """
+    return at_least_float32(log_alpha) - _SHIFT
 
 
 def log_alpha_for(probability):

@@ -88,7 +88,11 @@ def joined(before: Mapping, measured: Mapping) -> dict:
 
 
 def evaluation_of_log(
-    history: Sequence[Mapping], prefix: str = "eval", metric: str | None = None, dense_until: int = 0
+    history: Sequence[Mapping],
+    prefix: str = "eval",
+    metric: str | None = None,
+    dense_until: int = 0,
+    unpruned: Mapping | None = None,
 ) -> dict:
     """An evaluation from the last entry of a Trainer's `state.log_history`.
 
@@ -97,6 +101,7 @@ def evaluation_of_log(
         prefix: what the names of the metrics begin with.
         metric: the score to report; by default, or if this is a loss, the first one that is no loss and no time.
         dense_until: the step at which pruning began, 0 if there was no dense phase.
+        unpruned: what was logged of the dense model before this log began.
 
     Example:
         >>> log = {"eval_loss": 0.4, "eval_accuracy": 0.9, "eval_macs_realised": 0.5, "eval_tokens_after_0": 0.7, "step": 3}
@@ -114,7 +119,8 @@ def evaluation_of_log(
     if metric not in numbers or (metric in NO_SCORES and scores):
         metric = next(iter(scores), "loss")
     found = {"metric": metric, "score": numbers[metric]} if metric in numbers else {}
-    before = [e[f"{prefix}_{metric}"] for e in history if f"{prefix}_{metric}" in e and 0 < e.get("step", 0) <= dense_until]
+    dense = [unpruned or {}, *(e for e in history if 0 < e.get("step", 0) <= dense_until)]
+    before = [e[f"{prefix}_{metric}"] for e in dense if f"{prefix}_{metric}" in e]
     if found and before and entry.get("step", 0) > dense_until:
         found["dense_score"] = before[-1]
     if numbers.get("macs_realised"):

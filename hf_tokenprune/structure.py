@@ -4,8 +4,8 @@ A gate of 0 does what cutting the part out would do, a gate of 1 changes nothing
 
 * a head's or FFN unit's gate multiplies what the next Linear reads of it;
 * a hidden unit's gate is its weight in the mean and variance of every LayerNorm, and multiplies the norm's output. So the norm
-  over the gated units is exactly the norm of the cut model; and so it is with what scorers at the sites read of hidden units and
-  heads;
+  over the gated units is exactly the norm of the cut model; and so it is with what scorers and samplers at the sites read of hidden
+  units and heads;
 * a block's gate moves its result from that of the untouched input (0) to its own (1): `x + gate * (block(x) - x)`. A block whose
   gate is 0 thus costs nothing, its norm included.
 """
@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .modeling.architectures import find_encoder, get_layers
 from .modeling.cutting import hidden_dims
 from .modeling.pruner import forget_compiled
+from .modeling.selection import Skim
 from .modeling.sizes import has_attention, has_ffn, head_size, sizes_of
 from .precision import at_least_float32
 
@@ -169,7 +170,10 @@ class StructureGates:
                         raise ConfigError(f"{name} makes the hidden units {dims[0][1]} times, which cannot be gated.")
                     keep(module.register_forward_hook(self._linear))
         for number, layer in enumerate(layers):
-            scorer = getattr(self.pruner.site(number), "scorer", None)
+            site = self.pruner.site(number)
+            if isinstance(site, Skim):
+                keep(site.net[0].register_forward_hook(partial(self._norm, "hidden", 1)))
+            scorer = getattr(site, "scorer", None)
             if scorer is not None:
                 keep(scorer.norms["entered"].register_forward_hook(partial(self._norm, "hidden", 1)))
                 width = head_size(family, layer)

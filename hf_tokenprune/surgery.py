@@ -9,7 +9,7 @@ def operate(model, *, heads, units, hidden=None, optimizer=None):
     """Cut a packed model down to some of its weights, and the optimizer's state along with them.
 
     The parameters that are left stay the same objects. Their moments in the optimizer are cut like themselves, or begin anew where
-    the optimizer keeps them in another form (Adafactor); parameters of what is gone leave the optimizer.
+    the optimizer keeps them in another form (Adafactor, 8 bits); parameters of what is gone leave the optimizer.
 
     Args:
         model: a packed or token-pruned model.
@@ -34,7 +34,8 @@ def operate(model, *, heads, units, hidden=None, optimizer=None):
     def cut_moments(parameter, dim, index):
         values = state.get(parameter, {}).items()
         moments = {name: value for name, value in values if isinstance(value, torch.Tensor) and value.numel() > 1}
-        if any(value.shape != parameter.shape for value in moments.values()):  # factored or quantised
+        # Factored or quantised, by bitsandbytes in another shape, by torchao in tensors of its own.
+        if any(type(value) is not torch.Tensor or value.shape != parameter.shape for value in moments.values()):
             state.pop(parameter)
             return
         for name, value in moments.items():

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import math
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 
 from torch import nn
@@ -17,6 +19,7 @@ from .errors import TokenPruneError, TrainingError, UnsupportedModelError
 from .integrations import sentence_transformers
 from .modeling.architectures import is_sharded, transformers_model
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
+from .modeling.shapes import shape_map
 from .processes import total_of
 from .results import evaluation_of_log
 from .sharding import check_sharding, has_engine, reshard
@@ -60,6 +63,8 @@ class TokenPruneCallback(TrainerCallback):
         self.settled = None  # counts what is spent since nothing is chosen any more
         self.reached = None  # the share of the dense model's MACs that it is, once training is over
         self.watch = None
+        self.untrained = False  # the model drops nothing yet, and has not been trained with this callback
+        self.unpruned = {}  # what it was evaluated to by then
 
     def attach(self, model):
         """Prepare a model. The Trainer's constructor does it through this callback; call it yourself where the optimizer is made
@@ -81,6 +86,8 @@ class TokenPruneCallback(TrainerCallback):
             base = adapters.base_of(inner)
         else:
             check_head(inner)
+        pruned = is_token_pruned(inner) and (len(inner.token_pruner.sites) or shape_map(inner) is not None)
+        self.untrained, self.unpruned = not pruned, {}
         with _as_it_was_if_refused(inner):
             objective = self.method.attach(inner)
             _check_hidden(model, inner)
@@ -115,6 +122,7 @@ class TokenPruneCallback(TrainerCallback):
             follow(trainer)
             resume_complete(trainer)
             _count_evaluations_alone(trainer, self)
+            _note_labels(trainer, self)
         _log_first(self)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -126,6 +134,7 @@ class TokenPruneCallback(TrainerCallback):
             )
         if self.watch is not None:
             self.watch.remove()
+        self.untrained = False
         _check_checkpointing(model)
         reshard(model)
         gates = list(self.inner.token_pruner.training_state.parameters())
@@ -150,6 +159,12 @@ class TokenPruneCallback(TrainerCallback):
                     f"The learning rate is {learning_rate}, so the gates cannot learn either. Set one above 0; an optimizer that "
                     "finds its own (Adafactor with relative_step=True) does not say how far gates would move."
                 )
+            if group.get("scale_parameter", "beta2_decay" in group):  # of transformers' Adafactor; torch's can do no other
+                raise TrainingError(
+                    "This Adafactor multiplies each step by the size of the parameter, and gates, which begin at 0, would take a "
+                    "thousandth of theirs. Use transformers' with scale_parameter=False and relative_step=False (the Trainer's "
+                    'optim="adafactor" is that), or another optimizer.'
+                )
             self.objective.start_run(learning_rate, steps)
         self.told = False
         self.meters[True], self.settled, self.reached = CostMeter(self.inner), CostMeter(self.inner), None
@@ -158,6 +173,9 @@ class TokenPruneCallback(TrainerCallback):
         if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
             self.objective.harden()
         self.objective.loss_scale = lambda: _loss_scale(optimizer)
+        trainer = _calling_trainer()
+        says = getattr(trainer, "loss_is_scaled_for_ga", None)
+        self.objective.undivided = says is None and getattr(trainer, "model_accepts_loss_kwargs", False)
         self.objective.processes = args.world_size if args.average_tokens_across_devices else 1
         if self.method.teacher not in ("self", None):
             teacher = self.method.teacher
@@ -197,7 +215,7 @@ class TokenPruneCallback(TrainerCallback):
                 "batch at fault."
             )
 
-    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+    def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         if args.world_size > 1 and self.method.cuts_weights and self.objective.wrapper is None:
             raise TrainingError(
                 f"{type(self.method).__name__} cuts weights in mid-run, and several processes can only go on after that inside of "
@@ -218,7 +236,7 @@ class TokenPruneCallback(TrainerCallback):
         was_cut = self.objective.moment.phase != now.phase and self.objective.end_phase(now.phase, optimizer)
         if was_cut or self.objective.moment.phase == "settle":
             # A model that was better before it met the budget is none to come back to.
-            _forget_best(state)
+            _forget_best(state, lr_scheduler)
         self.objective.moment = now
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -239,12 +257,17 @@ class TokenPruneCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(numbers)
             if evaluated not in (None, "train"):
-                self._note_evaluation(args, state.log_history, evaluated)
+                if self.untrained:
+                    self.unpruned.update(logs)
+                history, metric = state.log_history, args.metric_for_best_model
+                if evaluated.startswith("eval_"):
+                    history, evaluated = _evaluation_that_counts(history, state.global_step, metric)
+                self._note_evaluation(args, history, evaluated)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        # As the budget tightens every metric gets worse: no reason to stop early, and no model to come back to.
-        if self.objective is not None and self.objective.moment.phase != "settle":
-            _forget_best(state)
+    def on_evaluate(self, args, state, control, lr_scheduler=None, **kwargs):
+        # As the budget tightens every metric gets worse: no reason to stop early or to lower the rate, and no model to come back to.
+        if self.objective is not None and (phase := self.objective.moment.phase) != "settle":
+            _forget_best(state, None if phase == "dense" else lr_scheduler)
 
     def on_predict(self, args, state, control, **kwargs):
         if self.objective is not None and is_token_pruned(self.inner):
@@ -252,15 +275,15 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.objective.teacher = None
-        self.objective.end_run(self.reached)
-        loaded = args.load_best_model_at_end and state.best_model_checkpoint
+        loaded, best_spent = args.load_best_model_at_end and state.best_model_checkpoint, None
         if loaded:  # of the best evaluations only those count that were saved
             step = int(loaded.rpartition("-")[2])
-            best = [number for number, entry in enumerate(state.log_history) if entry.get("step") == step]
-            best = [number for number in best if "eval_runtime" in state.log_history[number]]
+            best = _evaluation_that_counts(state.log_history, step, args.metric_for_best_model)
             self.inner.token_pruner.evaluation = None
-            if best:
-                self._note_evaluation(args, state.log_history[: best[-1] + 1], "eval")
+            if best is not None:
+                self._note_evaluation(args, *best)
+                best_spent = best[0][-1].get(f"{best[1]}_macs_realised")
+        self.objective.end_run(self.reached, best_spent)
         if state.global_step < (end := self.method.schedule.start("settle", self.total)):
             logger.warning(
                 f"Training ended at step {state.global_step}, before the budget was met: annealing goes on to step "
@@ -297,8 +320,8 @@ class TokenPruneCallback(TrainerCallback):
     def _note_evaluation(self, args, history, prefix):
         """Remember for the model card what the last entry of the log says about the model as it is."""
         dense = self.method.schedule.steps(self.total)["dense"] if self.total else 0
-        metric = args.metric_for_best_model
-        self.inner.token_pruner.evaluation = evaluation_of_log(history, prefix, metric, dense)
+        metric, unpruned = args.metric_for_best_model, {} if dense else self.unpruned
+        self.inner.token_pruner.evaluation = evaluation_of_log(history, prefix, metric, dense, unpruned)
 
     def _measure(self, pruner):
         self.meters[self.inner.training].update()
@@ -381,8 +404,42 @@ def _count_evaluations_alone(trainer, callback):
     trainer.evaluation_loop = evaluation_loop
 
 
-def _forget_best(state):
+def _note_labels(trainer, callback):
+    """Where the loss is computed outside of the model, labels are taken from the batch before the model sees it."""
+    compute = trainer.compute_loss
+
+    @functools.wraps(compute)
+    def compute_loss(model, inputs, *args, **kwargs):
+        if callback.objective is not None:
+            callback.objective.labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+
+
+def _evaluation_that_counts(history, step, metric):
+    """The log up to the evaluation of a step, and what its names begin with; None if there was none. Of several sets
+    (`eval_<set>_...`) that one counts by whose `metric` the best model is chosen, or else the first."""
+    found = {}
+    for number, entry in enumerate(history, start=1):
+        if entry.get("step") == step:
+            timed = (name.removesuffix("_runtime") for name in entry if name.startswith("eval") and name.endswith("_runtime"))
+            found |= dict.fromkeys(timed, number)
+    if not found:
+        return None
+    metric = f"eval_{(metric or '').removeprefix('eval_')}"
+    prefix = max((prefix for prefix in found if metric.startswith(f"{prefix}_")), key=len, default=next(iter(found)))
+    return history[: found[prefix]], prefix
+
+
+def _forget_best(state, scheduler=None):
+    """Let the next evaluation be the best so far, for the Trainer and for a scheduler that goes by evaluations, if it does."""
     state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+    if hasattr(scheduler, "num_bad_epochs"):  # ReduceLROnPlateau, GreedyLR
+        scheduler.best = math.inf if scheduler.mode == "min" else -math.inf
+        scheduler.num_bad_epochs = 0
+        if hasattr(scheduler, "num_good_epochs"):
+            scheduler.num_good_epochs = 0
 
 
 def _forget_what_is_gone(optimizer, model, _incompatible_keys):
@@ -396,9 +453,12 @@ def _forget_what_is_gone(optimizer, model, _incompatible_keys):
 def _check_checkpointing(model):
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+        if not getattr(module, "gradient_checkpointing", False) or not isinstance(function, functools.partial):
+            continue
+        if function.keywords.get("use_reentrant", True):  # torch's default; transformers says False where it is given nothing
             raise TrainingError(
-                "Gradient checkpointing with use_reentrant=True cuts the gates off from their gradient. Leave it out, or say False."
+                "Gradient checkpointing with use_reentrant=True, torch's default, cuts the gates off from their gradient. Say "
+                'activation_checkpointing_kwargs={"use_reentrant": False}.'
             )
 
 

@@ -6,13 +6,14 @@ import doctest
 import pytest
 import torch
 from families import CASES as ALL_CASES
-from families import FAMILIES, build, make_inputs, outputs_of
+from families import FAMILIES, build, class_head, make_inputs, outputs_of
 from torch import nn
 from training_helpers import no_dropout
 
 import hf_tokenprune as tp
 from hf_tokenprune import structure
 from hf_tokenprune.modeling.modeling_token_pruned import resize
+from hf_tokenprune.modeling.selection import Skim
 from hf_tokenprune.modeling.sizes import sizes_of
 from hf_tokenprune.modeling.spans import NOWHERE
 from hf_tokenprune.structure import PARTS, Layout, StructureGates, gated_layer_norm
@@ -170,6 +171,34 @@ def test_cut_equals_gated_where_importance_is_learned(name, near, off):
         maps = 2 if near else 1
         assert [tuple(part.shape) for part in site.scorer.parameters()][1:] == [(maps, site.hidden), (maps, site.width)]
     assert {site.width for site in left} != {32}
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "vit"])
+def test_samplers_judge_by_what_is_left(name):
+    """While weights are gated they say of a token what they will say of it once hidden units are cut out."""
+    head = class_head(name)
+    model, inputs = tp.pack(uneven(name, head)), make_inputs(name, head)
+    samplers = {layer: Skim(32, 6) for layer in range(4)}
+    for sampler in samplers.values():
+        sampler.offset.fill_(0.0)
+        for parameter in sampler.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    tp.attach(model, samplers)
+    gates = put_gates(model, name)
+    gates.hard = random_gates(gates.layout, ())
+    pruner = model.token_pruner
+
+    def judged():
+        pruner.remembers = True
+        outputs_of(model, inputs)
+        with torch.no_grad():
+            return [pruner.site(layer).logits(call.entered[0]) for layer, call in enumerate(pruner.last_forward.calls)]
+
+    gated = judged()
+    hidden, heads, units = gates.layout.left(gates.hard)
+    resize(model, hidden=hidden, heads=heads, units=units)
+    for before, after in zip(gated, judged(), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize(("name", "head"), SOME)

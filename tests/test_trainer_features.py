@@ -155,6 +155,20 @@ def test_neftune_adds_noise_in_training_only_and_not_to_the_teacher(tmp_path):
     assert torch.equal(outputs_of(opened, inputs)["logits"], outputs_of(at_home(trainer.model.eval()), inputs)["logits"])
 
 
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_the_tightening_budget_is_no_plateau(tmp_path, kind):
+    """The metric is best in the dense phase (steps 1 to 4), gets worse while annealing and better while settling, or stays."""
+    for at_last in (0.0, 0.1):
+        marks = iter([4, 3, 2, 1, 6, 7, 8, 9, *(9 - at_last * step for step in range(4))])
+        trainer = trainer_for(
+            tmp_path, top(), eval_strategy="steps", eval_steps=1, logging_steps=1, metric_for_best_model="mark",
+            lr_scheduler_type=kind, lr_scheduler_kwargs={"patience": 1, "factor": 0.5, "min_lr": 1e-5, "max_lr": 1e-3}
+            if kind == "greedy" else {"patience": 1}, compute_metrics=lambda _, marks=marks: {"mark": next(marks)},
+        )  # fmt: skip
+        trainer.train()
+        assert (trainer.optimizer.param_groups[0]["lr"] < 1e-3) == (at_last == 0)
+
+
 def test_callbacks_before_and_after_ours_see_the_same(tmp_path):
     before, later = Recorder(), Recorder()
     trainer = trainer_for(tmp_path, callbacks=[before, tp.TokenPruneCallback(top())])
@@ -295,6 +309,29 @@ def test_an_optimizer_that_finds_its_own_pace_is_refused(tmp_path):
     trainer = trainer_for(tmp_path, model=model, callbacks=[callback], optimizers=(optimizer, AdafactorSchedule(optimizer)))
     with pytest.raises(tp.errors.TrainingError, match="relative_step"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda ps: Adafactor(ps, lr=1e-3, relative_step=False), lambda ps: torch.optim.Adafactor(ps, lr=1e-3)],
+    ids=["transformers'", "torch's"],
+)  # fmt: skip
+def test_an_optimizer_that_steps_by_the_size_of_parameters_is_refused(tmp_path, make):
+    callback = tp.TokenPruneCallback(top())
+    model = callback.attach(build("bert", HEAD))
+    optimizer = make(model.parameters())
+    with pytest.raises(tp.errors.TrainingError, match="scale_parameter=False"):
+        trainer_for(tmp_path, model=model, callbacks=[callback], optimizers=(optimizer, None)).train()
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_gates_that_hardly_move_are_told(tmp_path, caplog, absolute):
+    """A schedule may set the rate itself, over an optimizer's that is 1."""
+    callback = tp.TokenPruneCallback(top())
+    model = callback.attach(build("bert", HEAD))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0 if absolute else 1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1e-3 if absolute else 1.0)
+    trainer_for(tmp_path, model=model, callbacks=[callback], optimizers=(optimizer, schedule)).train()
+    assert ("hardly moved" in caplog.text) == absolute
 
 
 def test_where_nothing_settles_gates_are_closed_all_the_same(tmp_path):

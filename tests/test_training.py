@@ -15,6 +15,7 @@ from training_helpers import (
     at_home,
     kept_bins,
     logged,
+    no_dropout,
     some_labels,
     some_words,
     spent_share,
@@ -200,6 +201,12 @@ def test_reentrant_checkpointing_changes_nothing_or_is_refused(tmp_path):
     assert_same_state(state, trained(tmp_path, model=build("bert", HEAD)).model.state_dict())
 
 
+def test_checkpointing_that_does_not_say_which_is_reentrant(tmp_path):
+    asked = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"preserve_rng_state": False}}
+    with pytest.raises(tp.errors.TrainingError, match="use_reentrant"):
+        trained(tmp_path, model=build("bert", HEAD), **asked)
+
+
 def test_bf16_trains_and_drops_tokens(tmp_path):
     trainer = trained(tmp_path, bf16=True)
     assert logged(trainer, "tokens_after_2")[-1] < 0.6
@@ -300,6 +307,18 @@ def test_every_head_trains_prunes_and_opens_again(tmp_path, what):
     found = outputs_of(at_home(tp.from_pretrained(tmp_path / "saved")), inputs)
     for key, value in outputs_of(at_home(trainer.model.eval()), inputs).items():
         assert torch.equal(found[key], value), key
+
+
+def test_logits_of_masked_words_alone_are_distilled_as_those_of_all(tmp_path):
+    """ModernBERT's `sparse_prediction`: no logits where there is no label. Nothing else counts in distillation anyway."""
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = build("modernbert", "ForMaskedLM", sparse_prediction=sparse, **no_dropout("modernbert"))
+        data = Rows("modernbert", "ForMaskedLM", some_words)
+        found.append(trained(tmp_path, model=model, data=data, data_collator=stack, logging_steps=1))
+    dense, sparse = (logged(trainer, "distillation") for trainer in found)
+    assert sparse == pytest.approx(dense, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("phase", [1, 5, 10])

@@ -153,13 +153,29 @@ def test_the_most_probable_meets_the_target_and_no_more_would(make):
     for seed in range(20):
         torch.manual_seed(seed)
         gates.final = (0.15, 0.3, 0.6, 0.8)[seed % 4]
-        probability = torch.rand(len(gates.state.start))
-        kept = gates._most_probable(probability)
-        scores = [s.double() + part.tie_break() for s, part in zip(gates.scores(probability), gates.parts, strict=True)]
+        log_odds = torch.rand(len(gates.state.start)).double().logit()
+        kept = gates._most_probable(log_odds)
+        pieces = zip(gates.parts, log_odds.split(gates.sizes), strict=True)
+        scores = [part.score_log_odds(piece) + part.tie_break() for part, piece in pieces]
+        for piece, probable in zip(scores, gates.scores(log_odds.sigmoid()), strict=True):
+            torch.testing.assert_close(piece.sigmoid(), probable, atol=1e-6, rtol=0)
         levels = [*torch.cat(scores).unique().tolist(), float("inf")]
         choices = [[part.choose(s, x) for part, s in zip(gates.parts, scores, strict=True)] for x in levels]
         shares = [float(gates.share([piece.double() for piece in choice])) for choice in choices]
         assert float(gates.share([piece.double() for piece in kept])) == max(x for x in shares if x <= gates.final)
+
+
+@pytest.mark.parametrize(
+    "make", [weights, lambda **s: both(tokens=tp.ToP(rank_bins=8, site_gates=True), **s)], ids=["macs", "both"]
+)
+def test_gates_that_are_all_but_certain_are_told_apart(make):
+    """Their probabilities are 1 to the last bit, of many more than the target has room for."""
+    _, gates = gated(make(target_macs=0.4), hidden_size=384)
+    randomise(gates, 1.0)
+    with torch.no_grad():
+        gates.state.start.mul_(30)
+    assert (keep_probability(gates.log_alpha()) == 1).float().mean() > 0.3
+    assert 0.36 < gates.harden(gated=True) <= 0.4 + 1e-5
 
 
 def test_large_groups_are_cut_to_multiples_of_16():
@@ -169,9 +185,9 @@ def test_large_groups_are_cut_to_multiples_of_16():
     sizes = set()
     for seed in range(12):
         torch.manual_seed(seed)
-        probability = torch.rand(layout.size)
+        probability = torch.rand(layout.size).double()
         gates.final = (0.2, 0.4, 0.6)[seed % 3]
-        (kept,) = gates._most_probable(probability)
+        (kept,) = gates._most_probable(probability.logit())
         hidden, _, units = layout.left(kept.double())
         counts = [128 if hidden is None else len(hidden), *map(len, units)]
         assert all(count % 16 == 0 for count in counts)

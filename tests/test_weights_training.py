@@ -257,3 +257,30 @@ def test_a_head_that_is_gated_off_has_no_say_in_the_ranking(name):
     hidden, heads, units = structure.layout.left(structure.hard)
     operate(model, hidden=hidden, heads=heads, units=units)
     torch.testing.assert_close(said(model, inputs), gated, atol=1e-5, rtol=0)
+
+
+class Quantised(torch.Tensor):
+    """A moment as torchao keeps it: of its parameter's shape, and not to be cut."""
+
+    @staticmethod
+    def __new__(cls, like):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, *_, **__):
+        raise NotImplementedError(f"{operation} is not known to quantised moments")
+
+
+def test_moments_of_another_kind_of_tensor_begin_anew():
+    model = tp.pack(build("bert", HEAD))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    cut, whole = model.bert.encoder.layer[0].output.dense.weight, model.classifier.bias
+    for parameter in (cut, whole):
+        optimizer.state[parameter] = {
+            "step": torch.tensor(1.0),
+            "exp_avg": Quantised(parameter),
+            "exp_avg_sq": Quantised(parameter),
+        }
+    operate(model, heads=[range(4)] * 4, units=[range(10)] * 4, optimizer=optimizer)
+    assert cut.shape[1] == 10
+    assert list(optimizer.state) == [whole]

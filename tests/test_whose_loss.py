@@ -22,6 +22,7 @@ from training_helpers import (
 from transformers import Trainer, TrainerCallback
 
 import hf_tokenprune as tp
+from hf_tokenprune.methods import saliency
 
 HEAD = "ForSequenceClassification"
 TOTAL = 12  # steps of a run
@@ -72,6 +73,10 @@ WAYS = {
 }
 
 
+def mean_per_token(outputs, labels, num_items_in_batch=None):
+    return functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
+
+
 def bce(outputs, labels, num_items_in_batch=None):
     return functional.binary_cross_entropy_with_logits(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
@@ -84,19 +89,28 @@ def several_labels(_):
     return {"labels": torch.eye(3)[torch.arange(6) % 3]}
 
 
+def several_numbers(inputs):
+    return {"labels": several_labels(inputs)["labels"] - 0.5}
+
+
+def mse(outputs, labels, num_items_in_batch=None):
+    return functional.mse_loss(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
 OTHER_LABELS = {  # head, labels, own loss
     "no labels by that name": ("ForQuestionAnswering", spans_of, None),
     "labels per token": ("ForTokenClassification", some_labels, None),
     "several labels": (HEAD, several_labels, None),
     "several labels, compute_loss_func": (HEAD, several_labels, bce),
+    "several numbers, compute_loss_func": (HEAD, several_numbers, mse),
+    "labels per token, compute_loss_func": ("ForTokenClassification", some_labels, mean_per_token),
 }
 
 
 def other_labels(case):
     head, make_labels, loss = OTHER_LABELS[case]
-    overrides = {"problem_type": "multi_label_classification"} if make_labels is several_labels else {}
     return {
-        "model": build("bert", head, **overrides),
+        "model": build("bert", head),
         "data": Rows("bert", head, make_labels),
         "data_collator": stack,
         "compute_loss_func": loss,
@@ -176,6 +190,45 @@ def test_a_regression_is_distilled_whoever_computes_the_loss(tmp_path):
         data_collator=stack, compute_loss_func=lambda outputs, labels, **_: functional.mse_loss(outputs.logits[:, 0], labels),
     )  # fmt: skip
     assert logged(trainer, "distillation")[-1] > 0
+
+
+@pytest.mark.parametrize("said", [None, "multi_label_classification"])
+@pytest.mark.parametrize("case", ["several labels", "several labels, compute_loss_func"])
+def test_where_nobody_says_what_logits_mean_that_is_told(tmp_path, caplog, case, said):
+    """`problem_type` is what tells several labels from one class of many; transformers sets it if the model sees the labels."""
+    arguments = other_labels(case)
+    arguments["model"].config.problem_type = said
+    trained(tmp_path, **arguments)
+    assert caplog.text.count("problem_type") == (said is None and "compute_loss_func" in case)
+
+
+def test_saliency_knows_by_then_what_logits_mean(tmp_path, monkeypatch):
+    """Only once the model has computed a loss its config says that these are several labels."""
+    seen, said = [], saliency._said
+    monkeypatch.setattr(saliency, "_said", lambda *args: seen.append(args[2]) or said(*args))
+    trained(tmp_path, top(importance="learned", rank_weight=0.0), **other_labels("several labels"))
+    assert seen
+    assert all(seen)
+
+
+class OwnLoss(LossFromLogits):
+    """It does not say what a loss is divided by."""
+
+    loss_is_scaled_for_ga = None
+
+
+class Whatever(OwnLoss):
+    """It leaves the loss to the Trainer."""
+
+    def compute_loss(self, *args, **kwargs):
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("trainer", [OwnLoss, LossFromLogits, Whatever, Trainer])
+def test_a_loss_that_nobody_divides_is_told(tmp_path, caplog, trainer, accumulation):
+    trainer_for(tmp_path, PullMethod(), trainer=trainer, gradient_accumulation_steps=accumulation, max_steps=2).train()
+    assert caplog.text.count("loss_is_scaled_for_ga") == (trainer is OwnLoss and accumulation > 1)
 
 
 def test_an_output_that_is_no_loss_is_not_taken_for_one():

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from transformers.utils import logging
 
 from ..losses import logit_distillation, regression_distillation
 from ..losses.carry import carry
 from ..processes import of_all, whole, wrapper_now
 from ..schedule import GATED_PHASES, PHASES, Moment
 
+logger = logging.get_logger(__name__)
 LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
 
 
@@ -62,6 +64,9 @@ class Objective:
         outputs: the model's own output in the current step, or None.
         accumulation: micro-batches per optimizer step.
         processes: how many share out the labels that `num_items_in_batch` counts.
+        labels: those of the running micro-batch as the Trainer has them, or None: where somebody else computes the loss, the model
+            does not see them.
+        undivided: the Trainer takes for granted that a loss is divided by the labels of the whole step, and divides none itself.
         loss_scale: callable; what mixed precision multiplies the loss by before its backward.
         measures_gap: in the next forward, compare the soft model with the hard one.
         sharded: FSDP2 or DeepSpeed has the parameters.
@@ -83,9 +88,11 @@ class Objective:
         self.teacher = None
         self.taught = self.outputs = None
         self.accumulation = self.processes = 1
+        self.labels, self.undivided = None, False
         self.loss_scale = lambda: 1.0
         self.measures_gap = False
         self.wrapper, self.sharded, self.forgets = None, False, True
+        self.told_kind = False
         self.forwards = Forwards()
         self.readout = None
         self.traced = None
@@ -116,8 +123,9 @@ class Objective:
         """What a settled run was asked for and has come to, for its last log. `spent`: the share of the dense model's MACs."""
         return {f"{self.cost}_target": self.target(), "macs_realised": spent}
 
-    def end_run(self, spent):
-        """Training is over: say what went wrong. `spent`: as `reached` was told, or None if it never settled."""
+    def end_run(self, spent, best_spent=None):
+        """Training is over: say what went wrong. `spent`: as `reached` was told, or None if it never settled. `best_spent`: what the
+        best model spent in its evaluation, if that one was loaded and it is known."""
 
     def end_phase(self, phase, optimizer):
         """A phase has ended with its last step. Returns True if the weights were cut."""
@@ -248,8 +256,9 @@ class Objective:
         loss, forwards = outputs.get("loss"), self.forwards
         if total.requires_grad:
             total.register_hook(lambda _: setattr(forwards, "done", True))
-        of_step = self._share_of_step(model, outputs, kwargs)
+        of_step = self._share_of_step(kwargs)
         if of_step is None:
+            self._tell_if_undivided(kwargs)
             # The Trainer divides the model's loss itself; one computed from other outputs is divided by nobody we can ask.
             scale = lambda: self.loss_scale() / (self.accumulation * forwards.count)  # noqa: E731
             return carry(outputs, total, has_loss=loss is not None, share=scale, sharded=self.sharded)
@@ -260,19 +269,38 @@ class Objective:
         scale = self.loss_scale if loss is not None else lambda: self.loss_scale() * self.processes
         return carry(outputs, total * of_step, has_loss=loss is not None, share=scale, sharded=self.sharded)
 
-    def _share_of_step(self, model, outputs, kwargs):
+    def _share_of_step(self, kwargs):
         """What part of an optimizer step this micro-batch is, where that can be told: the Trainer gives `num_items_in_batch`,
         the number of labels in all micro-batches of the step, and then divides nothing itself."""
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if items is None:
+        labels = self.labels if labels is None else labels
+        if items is None or not isinstance(labels, torch.Tensor):
             return None
-        if labels is not None:
-            return labels.ne(-100).sum() / torch.as_tensor(items).clamp(min=1)  # a whole step may have none
-        logits = outputs.get("logits")
-        if logits is None or logits.dim() != 2:
-            return None
-        labels = logits.numel() if model.config.problem_type == "multi_label_classification" else logits.shape[0]
-        return labels / items
+        return labels.ne(-100).sum() / torch.as_tensor(items).clamp(min=1)  # a whole step may have none
+
+    def _tell_if_undivided(self, kwargs):
+        """Say so if the main loss may weigh as much as there are micro-batches more than ours: its Trainer has counted the labels of
+        the whole step, but did not let the model know."""
+        uncounted = isinstance(self.labels, torch.Tensor) and kwargs.get("num_items_in_batch") is None
+        if self.undivided and uncounted and self.accumulation > 1:
+            self.undivided = False
+            logger.warning(
+                "This Trainer's compute_loss passes no num_items_in_batch to the model. If its loss is a mean over one micro-batch, "
+                f"the Trainer adds up {self.accumulation} undivided, and the losses of pruning weigh that much less: set "
+                "loss_is_scaled_for_ga = False in the Trainer's class. If it is divided by num_items_in_batch already, set True."
+            )
+
+    def _tell_if_unknown(self, model):
+        """Say so if nobody says whether these logits are one class of many, or several judgements: the model sees no labels."""
+        several = isinstance(self.labels, torch.Tensor) and self.labels.is_floating_point() and self.labels.dim() > 1
+        if self.told_kind or not several or model.config.problem_type is not None or model.config.num_labels == 1:
+            return
+        self.told_kind = True
+        logger.warning(
+            f"The labels are {self.labels.shape[-1]} numbers a sample, and as the loss is not the model's, its config does not say "
+            'what its logits mean. They are distilled as one class of many. Set model.config.problem_type: "regression" or '
+            '"multi_label_classification" where each is judged by itself, "single_label_classification" for soft labels.'
+        )
 
     def _distill(self, model, outputs, args, kwargs):
         with torch.set_grad_enabled(self.traced is not None):
@@ -291,9 +319,13 @@ class Objective:
             names, loss = ["last_hidden_state"], _apart
             if outputs.last_hidden_state.shape != taught.last_hidden_state.shape:  # hidden units were cut
                 return {}
+        else:
+            self._tell_if_unknown(model)
         total = 0.0
         for name in names:
             student, target = outputs[name], taught[name]
+            if student.dim() < target.dim():  # ModernBERT's `sparse_prediction`: logits of labelled tokens only
+                target = target[kwargs["labels"].ne(model.sparse_pred_ignore_index)]
             mask = _rows_that_count(target, kwargs)
             if mask is not None:
                 student, target = student[mask], target[mask]

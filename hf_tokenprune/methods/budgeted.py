@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..budget import Lengths
-from ..gates import keep_probability, sample_hard_concrete, scale_rate
+from ..gates import keep_log_odds, keep_probability, sample_hard_concrete, scale_rate
 from ..losses import lagrangian
 from ..modeling.cutting import cut_parameter
 from ..modeling.selection import OnHost
@@ -51,6 +51,10 @@ class Part:
     def scores(self, probability):
         """From the probabilities that gates are open, how probable it is that each thing gated by them is kept."""
         return probability
+
+    def score_log_odds(self, log_odds):
+        """The log-odds of `scores`, from those that gates are open."""
+        return log_odds
 
     def tie_break(self):
         """A little to add to the scores where equal ones have an order all the same."""
@@ -162,8 +166,11 @@ class BudgetedGates:
             self.state.start.copy_(torch.cat([torch.zeros(0), *(part.start() for part in self.parts)]))
             self.state.information.zero_()
             self.state.lengths.zero_()
-        rate = self.gate_lr if self.gate_lr is not None else min(max(20 / max(steps, 1), 0.01), 0.2)
-        self.state.scale.fill_(rate / learning_rate)
+        self.state.scale.fill_(self.rate(steps) / learning_rate)
+
+    def rate(self, steps):
+        """By how much log-odds are to move per step of a phase of so many."""
+        return self.gate_lr if self.gate_lr is not None else min(max(20 / max(steps, 1), 0.01), 0.2)
 
     # The budget.
 
@@ -348,14 +355,15 @@ class BudgetedGates:
                 kept = [scores.bool() for scores in self.scores(torch.ones(sum(self.sizes)))]
             else:
                 self._start_in_order()
-                kept = self._most_probable(keep_probability(self.log_alpha()))
+                kept = self._most_probable(keep_log_odds(self.log_alpha().double()))
             alive = {}
             for part, piece in zip(self.parts, kept, strict=True):
                 alive = part.harden(piece, alive) or alive
             return float(self.share([piece.double() for piece in kept]))
 
-    def _most_probable(self, probability):
-        scores = [s.double() + part.tie_break() for s, part in zip(self.scores(probability), self.parts, strict=True)]
+    def _most_probable(self, log_odds):
+        pieces = zip(self.parts, log_odds.split(self.sizes), strict=True)
+        scores = [part.score_log_odds(piece) + part.tie_break() for part, piece in pieces]
         levels = torch.cat(scores).unique().tolist()  # ascending: the higher the level, the less is kept
         lengths, target = self.seen(), self.target()
 

@@ -214,13 +214,27 @@ class GatedObjective(Objective):
         left = self.gates.budget.parameters(layer_shapes(self.model))
         return {**super().reached(spent), "params_realised": left}
 
+    STILL = 0.01  # of the way that gates may go, at which to say that they did not
     MISSED = 0.05  # what is spent above the target, as a share of it, at which to say so
 
-    def end_run(self, spent):
+    def end_run(self, spent, best_spent=None):
         if self.gates.cost == "macs" and spent is not None and spent > (1 + self.MISSED) * (target := self.gates.final):
             logger.warning(
                 f"The model spends {spent:.3f} of the dense model's MACs on its training texts, more than the {target:g} asked "
                 f"for.{''.join(part.if_missed for part in self.gates.parts)}"
+            )
+        if spent is not None and not self.told_idle:
+            self._tell_if_still()
+
+    def _tell_if_still(self):
+        """Say so if the optimizer did not move the gates, which rely on steps about as large as its learning rate."""
+        moved = (self.gates.learned() - self.gates.state.start.cpu()).abs().max().item()
+        meant = self.gates.rate(steps := self.steps[self.gated_phase]) * steps
+        if moved < self.STILL * meant:
+            logger.warning(
+                f"The gates have hardly moved: the furthest by {moved:.2g} in {steps} steps, in which they may go {meant:.2g}. "
+                "They move at gate_lr where the optimizer's steps are about its learning rate, as Adam's are. A schedule that sets "
+                "the rate itself belongs over an optimizer with lr=<its highest rate>; with another optimizer, raise gate_lr."
             )
 
     def _tell_if_idle(self):

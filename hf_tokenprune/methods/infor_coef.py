@@ -327,11 +327,13 @@ class InforCoefObjective(StructuredObjective):
         self.moves.append(-self._rate(self.HOLDS) * (spent - self.config.target_macs))
         self.spent = spent if self.spent is None else 0.8 * self.spent + 0.2 * spent
 
-    def end_run(self, spent):
-        target = self.config.target_macs
-        if self.spent is not None and self.spent > (1 + self.MISSED) * target:
+    def end_run(self, spent, best_spent=None):
+        target, now, who = self.config.target_macs, self.spent, "the last batches"
+        if best_spent is not None:  # while settling the offset moves: not every checkpoint spends the same
+            now, who = best_spent, "the best model, which was loaded,"
+        if target is not None and now is not None and now > (1 + self.MISSED) * target:
             logger.warning(
-                f"InforCoef(target_macs={target}) was missed: the last batches spent {self.spent:.3f} of the dense model's MACs. The "
+                f"InforCoef(target_macs={target}) was missed: {who} spent {now:.3f} of the dense model's MACs. The "
                 f"samplers had {self.steps['anneal']} steps to learn in, and {self.steps['settle']} to settle: train for longer, or "
                 "let static_macs be nearer to the target."
             )

@@ -20,7 +20,7 @@ class SaliencyLoss(Helper):
     """
 
     def __init__(self, model, weight):
-        self.weight, self.separate = weight, is_separate(model)
+        self.weight = weight
         self.layers = list(get_layers(*find_encoder(model)))
         self.targets = {}  # by site, `(B, S)`: what its scorer is taught about the present batch
 
@@ -40,8 +40,8 @@ class SaliencyLoss(Helper):
         calls = objective.teacher.token_pruner.last_forward.calls
         learn = self._who_learns(objective)
         if learn:
-            calls_above = calls[min(learn.values()) :]
-            said = sum(_said(*reading, self.separate) for reading in _readings(objective, taught, calls[0].batch))
+            calls_above, separate = calls[min(learn.values()) :], is_separate(objective.model)
+            said = sum(_said(*reading, separate) for reading in _readings(objective, taught, calls[0].batch))
             # Scaled as the loss is: in half precision the gradients of a text that nothing hangs on would be lost.
             gradients = torch.autograd.grad(said * objective.loss_scale(), [call.entered for call in calls_above])
             self.targets = _targets(learn, calls_above, gradients)

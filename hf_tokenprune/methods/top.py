@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import logsigmoid
 from transformers.utils import logging
 
 from ..budget import Budget
@@ -297,6 +298,13 @@ class TokenBins(Part):
         if self.gates == self.bins:
             return table.flatten(-2)
         return (1 - table[..., -1:] * (1 - table[..., :-1])).flatten(-2)
+
+    def score_log_odds(self, log_odds):
+        table = log_odds.unflatten(-1, (len(self.sites), self.gates))
+        if self.gates == self.bins:
+            return table.flatten(-2)
+        dropped = logsigmoid(table[..., -1:]) + logsigmoid(-table[..., :-1])  # the logarithm of its probability
+        return (torch.log(-torch.expm1(dropped)) - dropped).flatten(-2)
 
     def tie_break(self):
         """Where gates are equal, as at the start, the more important bin survives."""
