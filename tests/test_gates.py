@@ -1,6 +1,5 @@
 """Gates: the hard concrete distribution behaves as its closed forms say, and `scale_rate` is a learning rate."""
 
-import doctest
 import math
 
 import pytest
@@ -12,12 +11,6 @@ from hf_tokenprune import errors, gates
 from hf_tokenprune.methods.top import TokenBins
 
 ENDS = torch.tensor([-4.0, -1.0, 0.0, 1.5, 4.0])
-
-
-def test_examples():
-    results = doctest.testmod(gates)
-    assert results.attempted > 0
-    assert results.failed == 0
 
 
 @pytest.mark.parametrize("log_alpha", [-3.0, -1.0, 0.0, 1.5])
