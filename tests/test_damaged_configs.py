@@ -8,6 +8,7 @@ from families import make_inputs
 from test_saving import HEAD, bins, make, without_kept
 
 import hf_tokenprune as tp
+from hf_tokenprune.modeling.modeling_token_pruned import FORMAT_VERSION
 
 SITE = {"layer": 1, "selector": {"kind": "rank_bins", "bins": 5}}
 
@@ -21,7 +22,8 @@ def selector(**settings):
 
 
 WRONG = {
-    "a newer version": ({"version": 99}, "Upgrade"),
+    "a newer version": ({"version": FORMAT_VERSION + 1}, "Upgrade"),
+    "everything missing": ({"version": None, "sites": None, "protected_token_ids": None}, "version"),
     "no version": ({"version": None}, "version"),
     "a version in words": ({"version": "1"}, "version"),
     "version 0": ({"version": 0}, "version"),
@@ -36,7 +38,8 @@ WRONG = {
     "a layer twice": ({"sites": [SITE, SITE]}, "twice"),
     "a layer below 0": (site(layer=-1), "layer"),
     "a layer in words": (site(layer="1"), "layer"),
-    "a layer beyond": (site(layer=9), "layer 9"),
+    "a layer that is true": (site(layer=True), "True is not the number of a layer"),
+    "the layer beyond": (site(layer=4), "layer 4"),
     "the pooled layer": (site(layer=3), "layer 3"),
     "an unknown kind": (selector(kind="nobody_knows"), "nobody_knows"),
     "no kind": (site(selector={"bins": 5}), "kind None"),
@@ -44,9 +47,12 @@ WRONG = {
     "bins in words": (selector(bins="5"), "bins"),
     "no bins at all": (selector(bins=0), "bins"),
     "an unknown setting": (selector(keep=0.5), "keep"),
-    "too much to keep": (site(selector={"kind": "top_k", "keep": 2.5}), "keep"),
+    "too much to keep": (site(selector={"kind": "top_k", "keep": 1.5}), "keep"),
+    "nothing to keep": (site(selector={"kind": "top_k", "keep": 0}), "keep"),
+    "a list to keep": (site(selector={"kind": "top_k", "keep": [0.5]}), "keep"),
     "ids missing": ({"protected_token_ids": None}, "protected_token_ids"),
     "ids below 0": ({"protected_token_ids": [-1]}, "protected_token_ids"),
+    "ids as a number": ({"protected_token_ids": 5}, "protected_token_ids is 5"),
     "ids in words": ({"protected_token_ids": ["7"]}, "protected_token_ids"),
 }
 
@@ -58,17 +64,6 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_a_damaged_config_is_refused_by_name(saved, tmp_path, what):
-    changes, message = WRONG[what]
-    shutil.copytree(saved, tmp_path / "copy")
-    config = json.loads((saved / "config.json").read_text())
-    config["token_pruning"].update(changes)
-    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(tp.errors.ConfigError, match=message):
-        tp.from_pretrained(tmp_path / "copy")
-
-
 def copy_with(saved, tmp_path, **entries):
     """A copy of a saved folder with other entries in its config."""
     shutil.copytree(saved, tmp_path / "copy")
@@ -76,11 +71,28 @@ def copy_with(saved, tmp_path, **entries):
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
 
 
+def assert_refused_at_both_doors(saved, tmp_path, damaged, message):
+    """With this entry a folder does not open, and a config does not make a model."""
+    copy_with(saved, tmp_path, token_pruning=damaged)
+    with pytest.raises(tp.errors.ConfigError, match=message):
+        tp.from_pretrained(tmp_path / "copy")
+    model = make("bert", HEAD, dict)
+    config = type(model.config).from_dict({**model.config.to_dict(), "token_pruning": damaged})
+    with pytest.raises(tp.errors.ConfigError, match=message):
+        type(model)(config)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_damaged_config_is_refused_by_name(saved, tmp_path, what):
+    changes, message = WRONG[what]
+    good = json.loads((saved / "config.json").read_text())["token_pruning"]
+    assert good["sites"] == [SITE]
+    assert_refused_at_both_doors(saved, tmp_path, {**good, **changes}, message)
+
+
 @pytest.mark.parametrize("value", [[], "yes", 1, True])
 def test_a_config_that_is_no_dictionary_is_refused(saved, tmp_path, value):
-    copy_with(saved, tmp_path, token_pruning=value)
-    with pytest.raises(tp.errors.ConfigError, match="not a dictionary"):
-        tp.from_pretrained(tmp_path / "copy")
+    assert_refused_at_both_doors(saved, tmp_path, value, "not a dictionary")
 
 
 @pytest.mark.parametrize("architectures", [None, [], ["NobodyKnows"], ["Trainer"]])
