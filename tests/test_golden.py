@@ -41,10 +41,11 @@ def test_keep_probability_is_what_the_cdf_leaves_above_zero(log_alpha):
     assert gates.keep_probability(double(log_alpha)).item() == pytest.approx(1 - hard_concrete_cdf(0.0, log_alpha))
 
 
-@pytest.mark.parametrize("log_alpha", [-1.5, 0.0, 1.0])
-def test_sampled_gates_are_distributed_as_the_cdf_says(log_alpha):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_alpha", [-3.0, -1.5, 0.0, 1.0])
+def test_sampled_gates_are_distributed_as_the_cdf_says(log_alpha, dtype):
     """Both atoms, and three quantiles between them."""
-    z = gates.sample_hard_concrete(torch.full((200_000,), log_alpha, dtype=torch.float64))
+    z = gates.sample_hard_concrete(torch.full((200_000,), log_alpha, dtype=dtype))
     assert_frequency(z > 0, gates.keep_probability(double(log_alpha)).item())
     for bound in (0.0, 0.1, 0.5, 0.9):
         assert_frequency(z <= bound, hard_concrete_cdf(bound, log_alpha))
@@ -146,9 +147,11 @@ def test_straight_through_draws_uniform_noise_of_its_own():
 # lagrangian
 
 
-def test_three_steps_of_the_lagrangian_by_hand():
-    """SGD at rate 1 and a target of 0.5: the value falls by `first + 2 second v`, the multipliers rise by `v` and `v ** 2`."""
-    value, first, second = (torch.tensor(x, requires_grad=True) for x in (0.75, 0.0, 0.0))
+@pytest.mark.parametrize("side", [1, -1])
+def test_three_steps_of_the_lagrangian_by_hand(side):
+    """SGD at rate 1 and a target of 0.5: the value falls by `first + 2 second v`, the multipliers rise by `v` and `v ** 2`. From
+    below the target all is mirrored."""
+    value, first, second = (torch.tensor(x, requires_grad=True) for x in (0.5 + side * 0.25, 0.0, 0.0))
     optimizer = torch.optim.SGD([value, first, second], lr=1.0)
     seen = []
     for _ in range(3):
@@ -156,7 +159,7 @@ def test_three_steps_of_the_lagrangian_by_hand():
         loss = losses.lagrangian(value, 0.5, first, second)
         loss.backward()
         optimizer.step()
-        seen.append([x.item() for x in (loss, value, first, second)])
+        seen.append([loss.item(), 0.5 + side * (value.item() - 0.5), side * first.item(), second.item()])
     assert seen == [
         [0.0, 0.75, 0.25, 0.0625],  # v = 0.25, multipliers 0
         [0.06640625, 0.46875, 0.5, 0.125],  # v = 0.25: 0.25 / 4 + 0.0625 / 16; slope 0.25 + 0.03125

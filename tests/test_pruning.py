@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import CASES, FAMILIES, TEXTS, VOCAB, build, make_inputs, outputs_of, padded_left
+from families import CASES, FAMILIES, TEXTS, VOCAB, build, class_head, make_inputs, outputs_of, padded_left
 from families import token_head as one_head
 from reference import DEPTH, Reference, Rule, bins, number, samples_of, share
 
@@ -292,9 +292,10 @@ def test_bf16_and_autocast_drop_as_many_tokens(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_eval_is_deterministic(name):
-    head = one_head(name)
-    model, inputs = attach(build(name, head), (0, 2), "bins"), make_inputs(name, head)
-    assert torch.equal(run(model, inputs).logits, run(model, inputs).logits)
+    for head in {class_head(name), one_head(name)}:
+        for sites in ((), (0, 2)):
+            model, inputs = attach(build(name, head), sites, "bins"), make_inputs(name, head)
+            assert torch.equal(run(model, inputs).logits, run(model, inputs).logits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
