@@ -6,7 +6,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("training_helpers", "weights_helpers")  # they assert, too
+pytest.register_assert_rewrite("other_process", "training_helpers", "weights_helpers")  # they assert, too
 collect_ignore = ["scripts"]  # what users write, for test_run.py
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from families import FAMILIES, VOCAB, build, make_inputs, outputs_of
+from other_process import run_without_package
 from safetensors.torch import load_file, save_file
 from training_helpers import Texts, at_home, top, trainer_for
 
@@ -90,46 +89,9 @@ def assert_published_form(folder, dense_class, trainer_files=False):
     assert files - {"training_args.bin"} == expected
 
 
-# A process that cannot import this package
+# A process that cannot import this package: the script goes on from `other_process.HEAD`
 
 INSIDE = """
-import json, sys, traceback
-sys.modules["hf_tokenprune"] = None
-import torch, transformers
-from transformers import AutoConfig, pipeline
-from transformers.utils import logging
-
-root = sys.argv[1]
-reports = {}
-said = []
-handler = __import__("logging").Handler()
-handler.emit = lambda record: said.append(record.getMessage())
-logging.get_logger("transformers").addHandler(handler)
-
-def report(name):
-    def run(function):
-        try:
-            reports[name] = function()
-        except Exception as error:
-            reports[name] = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
-    return run
-
-def auto_class(folder):
-    names = AutoConfig.from_pretrained(folder).auto_map
-    return getattr(transformers, next(iter(names)))
-
-def load(folder, **kwargs):
-    return auto_class(folder).from_pretrained(folder, trust_remote_code=True, **kwargs)
-
-def logits(model, inputs):
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    with torch.no_grad():
-        return {key: value for key, value in model(**inputs).items() if isinstance(value, torch.Tensor)}
-
-def same(found, expected):
-    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-
 for name, files in json.load(open(f"{root}/table.json")).items():
     @report(name)
     def _():
@@ -230,14 +192,7 @@ def outside(tmp_path_factory):
         model = make("bert", HEAD, sites)
         model.save_pretrained(root / name)
         torch.save(outputs_as_given(model, inputs), root / f"{name}.expected")
-    (root / "inside.py").write_text(INSIDE)
-    home = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
-    path = os.pathsep.join([str(Path(tp.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **home, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-W", "error", str(root / "inside.py"), str(root)]
-    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root, env=environment)
-    assert run.returncode == 0, run.stderr
-    return json.loads((root / "reports.json").read_text())
+    return run_without_package(root, INSIDE)
 
 
 def outputs_as_given(model, inputs):

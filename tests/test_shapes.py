@@ -2,21 +2,18 @@
 
 import copy
 import json
-import os
 import resource
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from families import FAMILIES, LABELS, VOCAB, build, make_inputs, outputs_of
+from other_process import run_without_package
 from reference import Reference, Rule, share
 from test_cost import counted_macs
 from test_pruning import LENGTHS, SUMMARY, assert_same_samples
-from test_saving import INSIDE, outputs_as_given
+from test_saving import outputs_as_given
 from training_helpers import at_home
 from transformers.utils import logging
 
@@ -110,9 +107,7 @@ SAVED = {
         ("siglip", IMAGES, "units", half),
     )
 }
-OPEN = (
-    INSIDE.partition("for name, files in")[0]
-    + """
+OPEN = """
 for name, files in json.load(open(f"{root}/table.json")).items():
     @report(name)
     def _():
@@ -123,7 +118,6 @@ for name, files in json.load(open(f"{root}/table.json")).items():
 reports["imports"] = [name for name in sys.modules if name.split(".")[0] == "hf_tokenprune"]
 json.dump(reports, open(f"{root}/reports.json", "w"))
 """
-)
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +132,7 @@ def outside(tmp_path_factory):
         torch.save(inputs, root / f"{files}.inputs")
         torch.save(outputs_as_given(at_home(model), inputs), root / f"{files}.expected")
     (root / "table.json").write_text(json.dumps(table))
-    (root / "open.py").write_text(OPEN)
-    home = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
-    path = os.pathsep.join([str(Path(tp.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **home, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-W", "error", str(root / "open.py"), str(root)]
-    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root, env=environment)
-    assert run.returncode == 0, run.stderr
-    return json.loads((root / "reports.json").read_text())
+    return run_without_package(root, OPEN)
 
 
 @pytest.mark.parametrize("name", SAVED)
