@@ -13,3 +13,9 @@ collect_ignore = ["scripts"]  # what users write, for test_run.py
 @pytest.fixture(autouse=True)
 def one_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def gates_without_noise(monkeypatch):
+    """Every noise is one half."""
+    monkeypatch.setattr(torch, "rand_like", lambda like, **_: torch.full_like(like, 0.5))
