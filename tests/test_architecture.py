@@ -194,9 +194,7 @@ def test_errors_are_ours_and_the_built_in_ones():
 
 
 def test_the_changelog_is_about_this_version():
-    changelog = ROOT.parent / "CHANGELOG.md"
-    if not changelog.exists():
-        pytest.skip("there is no CHANGELOG.md yet")
-    versions = re.findall(r"^## \[?v?(\d+\.\d+\.\d+\w*)", changelog.read_text(), flags=re.MULTILINE)
+    changelog = (ROOT.parent / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[?v?(\d+\.\d+\.\d+\w*)", changelog, flags=re.MULTILINE)
     assert versions, "CHANGELOG.md has no heading `## [x.y.z]`"
     assert versions[0] == tp.__version__

@@ -1,7 +1,5 @@
 """MACs: what `cost` counts is what torch's own counter sees run, and what a hand calculation gives."""
 
-import doctest
-
 import pytest
 import torch
 import transformers as hf
@@ -202,7 +200,3 @@ def test_attention_without_queries_is_refused():
     del attention.query
     with pytest.raises(tp.errors.UnsupportedModelError, match="lookup"):
         cost.layer_shapes(model)
-
-
-def test_examples_in_the_docstrings():
-    assert doctest.testmod(cost).failed == 0

@@ -5,13 +5,11 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from families import build, outputs_of
+from other_process import run_offline
 from safetensors.torch import load_file, save_file
 from test_shapes import cut_model
 
@@ -343,14 +341,7 @@ def reports(tmp_path_factory):
         change(folder)
     (root / "names.json").write_text(json.dumps([(place(name), name in LIKE_TRANSFORMERS) for name in TABLE]))
     bins_model().save_pretrained(root / "good")
-    (root / "inside.py").write_text(INSIDE)
-    path = os.pathsep.join([str(Path(tp.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    home = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **home, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, str(root / "inside.py"), str(root)]
-    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return root, json.loads((root / "reports.json").read_text())
+    return root, run_offline(root, INSIDE)
 
 
 def place(name):
@@ -410,12 +401,7 @@ with open({str(tmp_path / "heard.json")!r}, "w") as file:
     json.dump(attempt(lambda folder: plain(folder, trust_remote_code=True), {str(folder)!r}), file)
 """
     )
-    (tmp_path / "inside.py").write_text(code)
-    path = os.pathsep.join([str(Path(tp.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    subprocess.run(
-        [sys.executable, str(tmp_path / "inside.py"), str(tmp_path)], check=True, capture_output=True, env=environment
-    )
+    run_offline(tmp_path, code)
     heard = json.loads((tmp_path / "heard.json").read_text())
     assert any("transformers_modules" in event for event in heard["run"])
     assert any(event.startswith("exec ") for event in heard["run"])

@@ -1,35 +1,34 @@
 """Losses against hand calculations, slow references and numerical gradients."""
 
-import doctest
-import importlib
 import math
 
 import pytest
 import torch
+from test_gates import double
 
 from hf_tokenprune import losses
-
-
-@pytest.mark.parametrize("module", ["constraint", "distillation", "ranking"])
-def test_examples(module):
-    results = doctest.testmod(importlib.import_module(f"hf_tokenprune.losses.{module}"))
-    assert results.attempted > 0
-    assert results.failed == 0
-
 
 # constraint
 
 
-@pytest.mark.parametrize("value", [0.2, 0.9])
-def test_lagrangian_descends_on_the_value_and_ascends_on_the_multipliers(value):
-    value, first, second = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (value, -0.7, 3.0))
-    loss = losses.lagrangian(value, 0.5, first, second)
-    loss.backward()
-    violation = value.item() - 0.5
-    assert loss.item() == pytest.approx(-0.7 * violation + 3.0 * violation**2)
-    assert value.grad.item() == pytest.approx(-0.7 + 2 * 3.0 * violation)
-    assert first.grad.item() == pytest.approx(-violation)
-    assert second.grad.item() == pytest.approx(-(violation**2))
+@pytest.mark.parametrize("side", [1, -1])
+def test_three_steps_of_the_lagrangian_by_hand(side):
+    """SGD at rate 1 and a target of 0.5: the value falls by `first + 2 second v`, the multipliers rise by `v` and `v ** 2`. From
+    below the target all is mirrored."""
+    value, first, second = (torch.tensor(x, requires_grad=True) for x in (0.5 + side * 0.25, 0.0, 0.0))
+    optimizer = torch.optim.SGD([value, first, second], lr=1.0)
+    seen = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = losses.lagrangian(value, 0.5, first, second)
+        loss.backward()
+        optimizer.step()
+        seen.append([loss.item(), 0.5 + side * (value.item() - 0.5), side * first.item(), second.item()])
+    assert seen == [
+        [0.0, 0.75, 0.25, 0.0625],  # v = 0.25, multipliers 0
+        [0.06640625, 0.46875, 0.5, 0.125],  # v = 0.25: 0.25 / 4 + 0.0625 / 16; slope 0.25 + 0.03125
+        [-0.0155029296875, -0.0234375, 0.46875, 0.1259765625],  # v = -1 / 32: -1 / 64 + 1 / 8192; slope 0.5 - 1 / 128
+    ]
 
 
 def test_one_minimising_optimizer_meets_the_constraint():
@@ -42,6 +41,88 @@ def test_one_minimising_optimizer_meets_the_constraint():
         optimizer.step()
     for found, optimum in ((a, 0.0), (b, 1.0), (first, 2.0)):
         assert found.item() == pytest.approx(optimum, abs=1e-2)
+
+
+# bottleneck
+
+
+def test_information_norm_by_hand():
+    """Norms 5, 0 and 10 at width 2, weighted 1, 1 / 2 and 1 / 4: (5 + 0 + 2.5) / 3 / sqrt(2)."""
+    states = double([[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]], requires_grad=True)
+    keep = double([1.0, 0.5, 0.25], requires_grad=True)
+    norm = losses.information_norm(states, keep)
+    norm.backward()
+    share = 3 * math.sqrt(2)
+    assert norm.item() == pytest.approx(7.5 / share)
+    torch.testing.assert_close(keep.grad, double([5.0, 0.0, 10.0]) / share)
+    torch.testing.assert_close(states.grad, double([[0.6, 0.8], [0.0, 0.0], [0.15, 0.2]]) / share)
+
+
+def test_information_norm_is_the_norm_of_the_weighted_states():
+    states, keep = torch.randn(7, 5, dtype=torch.float64), torch.rand(7, dtype=torch.float64)
+    expected = sum(math.sqrt(sum((p * x) ** 2 for x in h)) for p, h in zip(keep.tolist(), states.tolist(), strict=True))
+    found = losses.information_norm(states, keep)
+    assert found.item() == pytest.approx(expected / 7 / math.sqrt(5))
+    assert losses.information_norm(states[None], keep) == found
+
+
+@pytest.mark.parametrize("width", [8, 64, 768])
+def test_information_norm_of_normalised_states_is_the_mean_keep_probability(width):
+    states, keep = torch.nn.functional.layer_norm(torch.randn(20, width), (width,)), torch.rand(20)
+    assert losses.information_norm(states, keep).item() == pytest.approx(keep.mean().item(), rel=1e-4)
+
+
+def test_information_norm_is_finite_where_nothing_is_left():
+    """A dropped token can be called back; a state of zeros is no infinite slope."""
+    states = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+    keep = torch.tensor([0.0, 0.0, 1.0], requires_grad=True)
+    norm = losses.information_norm(states, keep)
+    norm.backward()
+    assert norm == 0
+    assert (states.grad == 0).all()
+    torch.testing.assert_close(keep.grad, torch.tensor([0.0, 5.0, 0.0]) / (3 * math.sqrt(2)))
+
+
+def test_negative_entropy_by_hand():
+    """Of 1 / 2: -log 2. Of 1 / 4: log(3) * 3 / 4 - log(4). Of 0 and 1: 0. The gradient is the logit, over the count."""
+    keep = double([0.5, 0.25], requires_grad=True)
+    entropy = losses.negative_entropy(keep)
+    entropy.backward()
+    assert entropy.item() == pytest.approx((-math.log(2) + 0.75 * math.log(3) - math.log(4)) / 2)
+    torch.testing.assert_close(keep.grad, double([0.0, -math.log(3) / 2]))
+    assert losses.negative_entropy(torch.tensor([0.0, 1.0, 1.0])) == 0
+
+
+def test_negative_entropy_is_that_of_bernoulli_variables():
+    keep = torch.rand(50, dtype=torch.float64)
+    expected = -torch.distributions.Bernoulli(probs=keep).entropy().mean()
+    torch.testing.assert_close(losses.negative_entropy(keep), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_negative_entropy_pulls_away_from_both_ends_with_a_finite_gradient(dtype):
+    keep = torch.tensor([0.0, 1e-3, 0.5, 1 - 1e-3, 1.0], dtype=dtype, requires_grad=True)
+    losses.negative_entropy(keep).backward()
+    slopes = (5 * keep.grad).tolist()
+    assert slopes[0] == pytest.approx(-slopes[4])
+    assert slopes[2] == 0
+    assert -math.inf < slopes[0] < slopes[1] < 0 < slopes[3] < slopes[4] < math.inf
+    assert slopes[3] == pytest.approx(math.log(999), rel=1e-4)
+
+
+def test_bottleneck_gradients():
+    states = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    keep = double([0.05, 0.2, 0.4, 0.6, 0.8, 0.95], requires_grad=True)
+    assert torch.autograd.gradcheck(losses.information_norm, (states, keep))
+    assert torch.autograd.gradcheck(losses.negative_entropy, keep)
+
+
+def test_bottleneck_is_computed_in_float32_and_is_zero_without_tokens():
+    states, keep = torch.randn(5, 4).bfloat16(), torch.rand(5).bfloat16()
+    assert losses.information_norm(states, keep).equal(losses.information_norm(states.float(), keep.float()))
+    assert losses.negative_entropy(keep).equal(losses.negative_entropy(keep.float()))
+    assert losses.information_norm(states[:0], keep[:0]) == 0
+    assert losses.negative_entropy(keep[:0]) == 0
 
 
 # distillation

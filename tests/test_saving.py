@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from families import FAMILIES, VOCAB, build, make_inputs, outputs_of
+from other_process import run_without_package
 from safetensors.torch import load_file, save_file
 from training_helpers import Texts, at_home, top, trainer_for
 
@@ -91,46 +89,9 @@ def assert_published_form(folder, dense_class, trainer_files=False):
     assert files - {"training_args.bin"} == expected
 
 
-# A process that cannot import this package
+# A process that cannot import this package: the script goes on from `other_process.HEAD`
 
 INSIDE = """
-import json, sys, traceback
-sys.modules["hf_tokenprune"] = None
-import torch, transformers
-from transformers import AutoConfig, pipeline
-from transformers.utils import logging
-
-root = sys.argv[1]
-reports = {}
-said = []
-handler = __import__("logging").Handler()
-handler.emit = lambda record: said.append(record.getMessage())
-logging.get_logger("transformers").addHandler(handler)
-
-def report(name):
-    def run(function):
-        try:
-            reports[name] = function()
-        except Exception as error:
-            reports[name] = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
-    return run
-
-def auto_class(folder):
-    names = AutoConfig.from_pretrained(folder).auto_map
-    return getattr(transformers, next(iter(names)))
-
-def load(folder, **kwargs):
-    return auto_class(folder).from_pretrained(folder, trust_remote_code=True, **kwargs)
-
-def logits(model, inputs):
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    with torch.no_grad():
-        return {key: value for key, value in model(**inputs).items() if isinstance(value, torch.Tensor)}
-
-def same(found, expected):
-    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-
 for name, files in json.load(open(f"{root}/table.json")).items():
     @report(name)
     def _():
@@ -231,14 +192,7 @@ def outside(tmp_path_factory):
         model = make("bert", HEAD, sites)
         model.save_pretrained(root / name)
         torch.save(outputs_as_given(model, inputs), root / f"{name}.expected")
-    (root / "inside.py").write_text(INSIDE)
-    home = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
-    path = os.pathsep.join([str(Path(tp.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **home, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-W", "error", str(root / "inside.py"), str(root)]
-    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root, env=environment)
-    assert run.returncode == 0, run.stderr
-    return json.loads((root / "reports.json").read_text())
+    return run_without_package(root, INSIDE)
 
 
 def outputs_as_given(model, inputs):
@@ -478,97 +432,6 @@ def test_a_class_of_the_users_own_is_refused_before_a_run_and_not_in_it(tmp_path
     """The run would write its teacher and its checkpoints, hours later."""
     with pytest.raises(tp.errors.UnsupportedModelError, match="MyOwn"):
         trainer_for(tmp_path, top(), model=MyOwn(copy.deepcopy(FAMILIES["bert"].config)), save_strategy="steps", save_steps=2)
-
-
-# What is damaged
-
-SITE = {"layer": 1, "selector": {"kind": "rank_bins", "bins": 5}}
-
-
-def site(**changes):
-    return {"sites": [{**SITE, **changes}]}
-
-
-def selector(**settings):
-    return site(selector={**SITE["selector"], **settings})
-
-
-WRONG = {
-    "a newer version": ({"version": 99}, "Upgrade"),
-    "no version": ({"version": None}, "version"),
-    "a version in words": ({"version": "1"}, "version"),
-    "version 0": ({"version": 0}, "version"),
-    "version true": ({"version": True}, "version"),
-    "an unknown entry": ({"surprise": 1}, "surprise"),
-    "sites missing": ({"sites": None}, "sites"),
-    "sites as a dictionary": ({"sites": {"1": SITE}}, "sites"),
-    "a site as a number": ({"sites": [1]}, "not a site"),
-    "a site without a selector": ({"sites": [{"layer": 1}]}, "not a site"),
-    "a site with more": (site(more=1), "not a site"),
-    "a selector as a word": (site(selector="rank_bins"), "not a site"),
-    "a layer twice": ({"sites": [SITE, SITE]}, "twice"),
-    "a layer below 0": (site(layer=-1), "layer"),
-    "a layer in words": (site(layer="1"), "layer"),
-    "a layer beyond": (site(layer=9), "layer 9"),
-    "the pooled layer": (site(layer=3), "layer 3"),
-    "an unknown kind": (selector(kind="nobody_knows"), "nobody_knows"),
-    "no kind": (site(selector={"bins": 5}), "kind None"),
-    "a kind that is a list": (selector(kind=["rank_bins"]), "kind"),
-    "bins in words": (selector(bins="5"), "bins"),
-    "no bins at all": (selector(bins=0), "bins"),
-    "an unknown setting": (selector(keep=0.5), "keep"),
-    "too much to keep": (site(selector={"kind": "top_k", "keep": 2.5}), "keep"),
-    "ids missing": ({"protected_token_ids": None}, "protected_token_ids"),
-    "ids below 0": ({"protected_token_ids": [-1]}, "protected_token_ids"),
-    "ids in words": ({"protected_token_ids": ["7"]}, "protected_token_ids"),
-}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    make("bert", HEAD, lambda: {1: bins(1, 1, 0, 1, 0)}).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_a_damaged_config_is_refused_by_name(saved, tmp_path, what):
-    changes, message = WRONG[what]
-    shutil.copytree(saved, tmp_path / "copy")
-    config = json.loads((saved / "config.json").read_text())
-    config["token_pruning"].update(changes)
-    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(tp.errors.ConfigError, match=message):
-        tp.from_pretrained(tmp_path / "copy")
-
-
-def copy_with(saved, tmp_path, **entries):
-    """A copy of a saved folder with other entries in its config."""
-    shutil.copytree(saved, tmp_path / "copy")
-    config = {**json.loads((saved / "config.json").read_text()), **entries}
-    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize("value", [[], "yes", 1, True])
-def test_a_config_that_is_no_dictionary_is_refused(saved, tmp_path, value):
-    copy_with(saved, tmp_path, token_pruning=value)
-    with pytest.raises(tp.errors.ConfigError, match="not a dictionary"):
-        tp.from_pretrained(tmp_path / "copy")
-
-
-@pytest.mark.parametrize("architectures", [None, [], ["NobodyKnows"], ["Trainer"]])
-def test_a_config_that_names_no_class_of_transformers_is_refused(saved, tmp_path, architectures):
-    copy_with(saved, tmp_path, architectures=architectures)
-    with pytest.raises(tp.errors.UnsupportedModelError, match="architectures"):
-        tp.from_pretrained(tmp_path / "copy")
-
-
-@pytest.mark.parametrize("missing", ["one", "all"])
-def test_a_checkpoint_that_does_not_say_what_it_keeps_is_refused_at_latest_when_it_runs(tmp_path, missing):
-    make("bert", HEAD, lambda: {1: bins(1, 0), 2: bins(1, 1, 0)}).save_pretrained(tmp_path)
-    without_kept(tmp_path, lambda key: missing == "all" or ".1." in key)
-    with pytest.raises(tp.errors.ConfigError, match="kept"):
-        tp.from_pretrained(tmp_path)(**make_inputs("bert", HEAD))
 
 
 def test_a_dense_run_of_the_trainer_still_saves_a_dense_folder(tmp_path):

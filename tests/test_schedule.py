@@ -1,6 +1,5 @@
 """The phases of a run, as pure functions of the step."""
 
-import doctest
 import math
 
 import pytest
@@ -28,12 +27,6 @@ RUNS = [
 
 def phases(plan, total):
     return [plan.at(step, total) for step in range(total)]
-
-
-def test_examples():
-    results = doctest.testmod(schedule)
-    assert results.attempted > 0
-    assert results.failed == 0
 
 
 def test_phases_partition_a_run_of_any_length():

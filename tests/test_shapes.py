@@ -1,14 +1,9 @@
-"""Models whose weights were cut: they compute, save, open, cost and train what a model of that size does."""
+"""Models whose weights were cut: they compute, cost and drop what a model of that size does, and say what is left of them."""
 
 import copy
-import doctest
 import json
-import os
 import resource
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +12,9 @@ from families import FAMILIES, LABELS, VOCAB, build, make_inputs, outputs_of
 from reference import Reference, Rule, share
 from test_cost import counted_macs
 from test_pruning import LENGTHS, SUMMARY, assert_same_samples
-from test_saving import INSIDE, outputs_as_given
 from training_helpers import at_home
-from transformers.utils import logging
 
 import hf_tokenprune as tp
-from hf_tokenprune import surgery
 from hf_tokenprune.modeling.architectures import find_encoder, get_layers
 from hf_tokenprune.modeling.configs import settle_config
 from hf_tokenprune.modeling.modeling_token_pruned import resize
@@ -82,130 +74,6 @@ def assert_close(found, expected, atol=1e-5):
     assert found.keys() == expected.keys()
     for key in found:
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
-
-
-# Saved and opened.
-
-SAVED = {
-    f"{name} {head} {what}{'' if sites is dict else ' ' + sites.__name__}": (name, head, what, sites)
-    for name, head, what, sites in (
-        ("bert", HEAD, "mixed", dict),
-        ("bert", HEAD, "mixed", half),
-        ("bert", TOKENS, "mixed", samplers),
-        ("bert", HEAD, "a layer", half),
-        ("bert", "ForMaskedLM", "mixed", dict),
-        ("electra", "Model", "mixed", dict),
-        ("esm", TOKENS, "a layer", dict),
-        ("distilbert", "ForQuestionAnswering", "mixed", half),
-        ("distilbert", HEAD, "heads and hidden", dict),
-        ("modernbert", "ForMaskedLM", "mixed", dict),
-        ("modernbert", HEAD, "the first layer", dict),
-        ("modernbert", HEAD, "a layer", dict),
-        ("nomic_bert", TOKENS, "mixed", half),
-        ("eurobert", HEAD, "heads of groups", half),
-        ("vit", IMAGES, "mixed", half),
-        ("vit", IMAGES, "heads", dict),
-        ("dinov2", "Model", "mixed", dict),
-        ("dinov2", IMAGES, "a layer", dict),
-        ("siglip", IMAGES, "heads and units", dict),
-        ("siglip", IMAGES, "units", half),
-    )
-}
-OPEN = (
-    INSIDE.partition("for name, files in")[0]
-    + """
-for name, files in json.load(open(f"{root}/table.json")).items():
-    @report(name)
-    def _():
-        inputs, expected = (torch.load(f"{root}/{files}.{part}") for part in ("inputs", "expected"))
-        model = load(f"{root}/{files}")
-        return {"class": type(model).__qualname__, "same": same(logits(model, inputs), expected)}
-
-reports["imports"] = [name for name in sys.modules if name.split(".")[0] == "hf_tokenprune"]
-json.dump(reports, open(f"{root}/reports.json", "w"))
-"""
-)
-
-
-@pytest.fixture(scope="module")
-def outside(tmp_path_factory):
-    """Every model of the table, saved here, opened in a process that cannot import this package: what it reports."""
-    root = tmp_path_factory.mktemp("outside")
-    table = {name: f"row{number}" for number, name in enumerate(SAVED)}
-    for name, files in table.items():
-        family, head, what, sites = SAVED[name]
-        model, inputs = cut_model(family, head, what, sites()), make_inputs(family, head)
-        model.save_pretrained(root / files)
-        torch.save(inputs, root / f"{files}.inputs")
-        torch.save(outputs_as_given(at_home(model), inputs), root / f"{files}.expected")
-    (root / "table.json").write_text(json.dumps(table))
-    (root / "open.py").write_text(OPEN)
-    home = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
-    path = os.pathsep.join([str(Path(tp.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **home, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-W", "error", str(root / "open.py"), str(root)]
-    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root, env=environment)
-    assert run.returncode == 0, run.stderr
-    return json.loads((root / "reports.json").read_text())
-
-
-@pytest.mark.parametrize("name", SAVED)
-def test_a_saved_cut_model_opens_without_this_package_to_the_same_logits(outside, name):
-    family, head, *_ = SAVED[name]
-    assert outside[name] == {"class": f"TokenPruned{FAMILIES[family].stem}{head}", "same": True}
-    assert outside["imports"] == ["hf_tokenprune"], "the None that keeps it out"
-
-
-@pytest.mark.parametrize("name", SAVED)
-def test_a_saved_cut_model_opens_with_this_package(tmp_path, name):
-    family, head, what, sites = SAVED[name]
-    model, inputs = cut_model(family, head, what, sites()), make_inputs(family, head)
-    model.save_pretrained(tmp_path / "once")
-    opened = tp.from_pretrained(tmp_path / "once")
-    opened.save_pretrained(tmp_path / "twice")
-    expected = outputs_of(at_home(model), inputs)
-    for again in (opened, tp.from_pretrained(tmp_path / "twice")):
-        assert type(again) is type(model)
-        assert sizes_of(again) == sizes_of(model)
-        assert again.config.token_pruning == model.config.token_pruning
-        assert_close(outputs_of(at_home(again), inputs), expected, atol=0)
-
-
-PLAIN = {  # which cuts a plain config can tell, by family
-    "bert": ("a layer", "the first layer", "units", "heads and hidden"),
-    "roberta": ("a layer", "the first layer", "units", "heads and hidden"),
-    "distilbert": ("a layer", "the first layer", "units", "heads and hidden"),
-    "vit": ("a layer", "the first layer", "units", "heads and hidden", "heads", "hidden"),
-    "modernbert": ("a layer", "units", "heads and hidden"),
-    "nomic_bert": ("a layer", "the first layer", "units", "heads and hidden", "heads", "hidden"),
-    "dinov2": ("heads",),
-    "siglip": ("a layer", "the first layer"),
-}
-TRIED = [(name, what) for name in PLAIN for what in CUTS if name != "siglip" or not CUTS[what]["hidden"]]
-
-
-@pytest.mark.parametrize(("name", "what"), TRIED)
-def test_a_plain_auto_model_opens_what_a_plain_config_can_tell_and_refuses_the_rest(tmp_path, caplog, name, what):
-    head = IMAGES if FAMILIES[name].images else HEAD
-    model, inputs = cut_model(name, head, what), make_inputs(name, head)
-    model.save_pretrained(tmp_path)
-    expected = outputs_of(model, inputs)
-    logger = logging.get_logger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        plain = getattr(hf, "AutoModel" + head).from_pretrained(tmp_path).eval()
-    except RuntimeError as error:
-        plain = str(error)
-    finally:
-        logger.removeHandler(caplog.handler)
-    if what in PLAIN[name]:
-        assert type(plain) is getattr(hf, FAMILIES[name].stem + head)
-        assert_close(outputs_of(plain, inputs), expected)
-        assert "LOAD REPORT" not in caplog.text
-        assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in model.parameters())
-    else:
-        assert isinstance(plain, str), "a plain class opened what it cannot hold"
-        assert "ismatch" in plain
 
 
 # Sizes.
@@ -543,118 +411,3 @@ def test_a_family_that_sets_no_ffn_size_can_be_cut(tmp_path):
     assert settle_config(model)
     model.save_pretrained(tmp_path)
     assert_close(outputs_of(at_home(tp.from_pretrained(tmp_path)), inputs), outputs_of(model, inputs), atol=0)
-
-
-# In mid-run.
-
-
-def trained(model, optimizer, steps=2):
-    """A few steps, without gradients left behind."""
-    inputs = make_inputs("bert", TOKENS)
-    labels = (inputs["input_ids"] % LABELS).masked_fill(inputs["attention_mask"] == 0, -100)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(**inputs, labels=labels).loss
-        (loss + sum(p.square().sum() for site in model.token_pruner.sites.values() for p in site.parameters())).backward()
-        optimizer.step()
-    return model
-
-
-def operated(make):
-    """A model and its optimizer, two groups of parameters, before and after surgery. And what was before."""
-    model = tp.attach(build("bert", TOKENS), samplers())
-    for site in model.token_pruner.sites.values():
-        site.offset.fill_(10.0)
-    vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) is big] for big in (False, True))
-    optimizer = make([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
-    trained(model, optimizer)
-    before = {
-        name: (parameter, parameter.detach().clone(), copy.deepcopy(optimizer.state[parameter]))
-        for name, parameter in model.named_parameters()
-    }
-    surgery.operate(model, **CUTS["mixed"], optimizer=optimizer)
-    return model, optimizer, before
-
-
-OPTIMIZERS = {
-    "Adam": lambda groups: torch.optim.Adam(groups, lr=1e-3, amsgrad=True),
-    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1),
-    "SGD": lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9),
-}
-HEADS = [*range(24, 32), *range(8)]
-LEFT = {  # name after surgery: name before it, and what is left of each dimension
-    "bert.encoder.layer.2.attention.self.query.weight": ("3", HEADS, range(0, H, 2)),
-    "bert.encoder.layer.2.attention.self.query.bias": ("3", HEADS),
-    "bert.encoder.layer.2.attention.output.dense.weight": ("3", range(0, H, 2), HEADS),
-    "bert.encoder.layer.0.intermediate.dense.weight": ("0", range(10), range(0, H, 2)),
-    "bert.encoder.layer.0.intermediate.dense.bias": ("0", range(10)),
-    "bert.encoder.layer.2.output.dense.weight": ("3", range(0, H, 2), range(7, 40, 3)),
-    "bert.encoder.layer.1.attention.output.LayerNorm.bias": ("1", range(0, H, 2)),
-    "bert.embeddings.word_embeddings.weight": ("", range(VOCAB), range(0, H, 2)),
-    "classifier.weight": ("", range(LABELS), range(0, H, 2)),
-    "classifier.bias": ("", range(LABELS)),
-    "token_pruner.sites.2.net.0.weight": ("3", range(0, H, 2)),
-    "token_pruner.sites.2.net.1.weight": ("3", range(5), range(0, H, 2)),
-    "token_pruner.sites.2.net.4.weight": ("3", range(2), range(5)),
-}
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS)
-def test_moments_are_cut_like_their_parameters(make):
-    model, optimizer, before = operated(OPTIMIZERS[make])
-    parameters = dict(model.named_parameters())
-    for name, (layer, *dims) in LEFT.items():
-        parameter = parameters[name]
-        was, value, state = before[name.replace(".2.", f".{layer}.") if layer else name]
-        assert parameter is was
-        assert state.keys() == optimizer.state[parameter].keys()
-        moments = [key for key, moment in state.items() if isinstance(moment, torch.Tensor) and moment.dim()]
-        assert len(moments) == {"Adam": 3, "AdamW": 2, "SGD": 1}[make]
-        for old, new in ((value, parameter), *((state[key], optimizer.state[parameter][key]) for key in moments)):
-            for dim, index in enumerate(dims):
-                old = old.index_select(dim, torch.tensor(list(index)))
-            assert torch.equal(new, old), name
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS)
-def test_the_optimizer_goes_on_as_one_of_the_small_model(make):
-    model, optimizer, before = operated(OPTIMIZERS[make])
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert len(held) == len(set(held)) < len(before)
-    assert set(held) == set(model.parameters()) == set(optimizer.state)
-    assert [group["weight_decay"] == 0 for group in optimizer.param_groups] == [make != "AdamW", True]
-    twin = copy.deepcopy(model)
-    mine = dict(model.named_parameters())
-    names = {parameter: name for name, parameter in mine.items()}
-    theirs = dict(twin.named_parameters())
-    other = OPTIMIZERS[make](
-        [{**group, "params": [theirs[names[p]] for p in group["params"]]} for group in optimizer.param_groups]
-    )
-    for name, parameter in theirs.items():
-        other.state[parameter] = copy.deepcopy(optimizer.state[mine[name]])
-    start = {name: parameter.detach().clone() for name, parameter in mine.items()}
-    trained(model, optimizer)
-    trained(twin, other)
-    for name, parameter in theirs.items():
-        assert torch.equal(mine[name], parameter), name
-    assert not torch.equal(mine["classifier.weight"], start["classifier.weight"])
-    assert not torch.equal(mine["bert.encoder.layer.2.output.dense.weight"], start["bert.encoder.layer.2.output.dense.weight"])
-
-
-def test_moments_of_another_form_begin_anew():
-    model, optimizer, before = operated(lambda groups: torch.optim.Adafactor(groups, lr=1e-3))
-    assert "row_var" in before["classifier.weight"][2]
-    assert model.classifier.weight not in optimizer.state
-    assert torch.equal(optimizer.state[model.classifier.bias]["variance"], before["classifier.bias"][2]["variance"])
-    trained(model, optimizer)
-    assert "row_var" in optimizer.state[model.classifier.weight]
-
-
-def test_surgery_without_an_optimizer():
-    model, inputs = tp.pack(build("bert", HEAD)), make_inputs("bert", HEAD)
-    surgery.operate(model, **CUTS["mixed"])
-    assert_close(outputs_of(model, inputs), outputs_of(cut_model("bert", HEAD, "mixed"), inputs), atol=0)
-
-
-def test_examples_in_the_docstrings():
-    assert doctest.testmod(surgery).failed == 0

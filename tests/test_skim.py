@@ -1,7 +1,6 @@
 """Token samplers that look before each layer: the same outputs as a slow reference that masks, whatever else is in the batch."""
 
 import copy
-import doctest
 from itertools import pairwise
 
 import pytest
@@ -16,7 +15,6 @@ from training_helpers import at_home, no_dropout
 
 import hf_tokenprune as tp
 from hf_tokenprune.methods.infor_coef import SoftSkim
-from hf_tokenprune.modeling import selection
 from hf_tokenprune.modeling.attention import weighted_softmax
 from hf_tokenprune.modeling.selection import Skim
 
@@ -395,10 +393,6 @@ def test_the_sampler_by_itself():
     skim.reset()
     assert skim.offset.isnan()
     assert not skim.idle
-
-
-def test_examples_in_the_docstrings():
-    assert doctest.testmod(selection).failed == 0
 
 
 # The softmax in which keys have weights.

@@ -1,7 +1,6 @@
 """Gates on weights: 0 does what cutting out does, 1 does nothing, and in between the effect is continuous and has a gradient."""
 
 import copy
-import doctest
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from training_helpers import no_dropout
 
 import hf_tokenprune as tp
-from hf_tokenprune import structure
 from hf_tokenprune.modeling.modeling_token_pruned import resize
 from hf_tokenprune.modeling.selection import Skim
 from hf_tokenprune.modeling.sizes import sizes_of
@@ -391,7 +389,3 @@ def test_the_gradient_of_the_gated_norm(settings):
     given = (states.requires_grad_(), gates.requires_grad_())
     # It computes in float32, hence the wide steps.
     assert torch.autograd.gradcheck(lambda s, g: gated_layer_norm(s, norm, g), given, eps=1e-2, atol=5e-3, rtol=5e-3)
-
-
-def test_examples_in_the_docstrings():
-    assert doctest.testmod(structure).failed == 0

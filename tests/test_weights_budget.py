@@ -9,7 +9,7 @@ from weights_helpers import HEAD, INPUTS, PLAN, both, dense, layers_left, said, 
 import hf_tokenprune as tp
 from hf_tokenprune.budget import Lengths
 from hf_tokenprune.cost import CostMeter, layer_shapes
-from hf_tokenprune.gates import keep_probability
+from hf_tokenprune.gates import keep_probability, sample_hard_concrete
 from hf_tokenprune.methods.top import TokenBins
 from hf_tokenprune.schedule import Moment
 from hf_tokenprune.surgery import operate
@@ -275,3 +275,18 @@ def test_something_is_left_whatever_is_asked_for(parts, head, caplog):
     assert sum(bool(len(some)) for some in (*heads, *units)) == 1
     operate(model, **dict(zip(("hidden", "heads", "units"), (hidden, heads, units), strict=True)))
     assert model.eval()(**make_inputs("bert", head)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("site_gates", [True, False])
+def test_a_site_may_have_a_gate_of_its_own(site_gates):
+    """Without one, as many tokens pass in training as are expected to; half open, it lets the others through as well."""
+    model = tp.attach(build("bert", "ForSequenceClassification"), {1: tp.RankBins(8), 2: tp.RankBins(8)})
+    bins = TokenBins(model, [1, 2], 8, in_order=False, site_gates=site_gates)
+    assert (bins.size, bins.start().shape, int(bins.shifted().sum())) == (16 + 2 * site_gates, (bins.size,), 16)
+    log_odds = torch.zeros(2, bins.gates)
+    kept = keep_probability(torch.tensor(0.0)).item()
+    scores = bins.scores(keep_probability(log_odds).flatten())
+    torch.testing.assert_close(scores, torch.full((16,), 1 - kept * (1 - kept) if site_gates else kept))
+    weights = torch.stack([bins.scores(sample_hard_concrete(log_odds.flatten())) for _ in range(4000)])
+    more = (weights > 0).double().mean() - scores.mean()
+    assert more > 0.05 if site_gates else more.abs() < 0.02
