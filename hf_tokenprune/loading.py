@@ -6,7 +6,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import ConfigError, UnsupportedInputError, UnsupportedModelError
-from .modeling.modeling_token_pruned import read_config, token_pruned_class
+from .modeling.modeling_token_pruned import token_pruned_class
+from .modeling.pruning_config import read_config
 from .modeling.shapes import MOST_LAYERS
 
 # What configs make lists of, or models modules, before any weight is looked at; under all names that families have for it.

@@ -15,7 +15,7 @@ from transformers.modelcard import TASK_MAPPING
 
 from .errors import ConfigError
 from .methods import METHODS, ToP
-from .modeling.modeling_token_pruned import read_config
+from .modeling.pruning_config import read_config
 from .results import told_busy
 
 FILE = "README.md"

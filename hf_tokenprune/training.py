@@ -3,14 +3,10 @@
 import contextlib
 import functools
 import math
-import sys
-from collections.abc import Mapping
 from importlib import import_module
 
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
 
 from .checkpoints import resume_complete
@@ -24,6 +20,18 @@ from .processes import total_of
 from .results import evaluation_of_log
 from .sharding import check_sharding, has_engine, reshard
 from .teacher import check_head, dense_copy, find_teacher, load_teacher, save_teacher
+from .trainer import (
+    adds_up,
+    calling_trainer,
+    check_checkpointing,
+    count_evaluations_alone,
+    forget_what_is_gone,
+    group_of,
+    log_first,
+    loss_scale,
+    note_labels,
+    scaler_of,
+)
 from .trainer_card import complete, follow
 
 logger = logging.get_logger(__name__)
@@ -116,14 +124,14 @@ class TokenPruneCallback(TrainerCallback):
         if model is not self.model:
             self.attach(model)
         if optimizer is not None:
-            self.watch = model.register_load_state_dict_post_hook(functools.partial(_forget_what_is_gone, optimizer))
-        trainer = _calling_trainer()
+            self.watch = model.register_load_state_dict_post_hook(functools.partial(forget_what_is_gone, optimizer))
+        trainer = calling_trainer()
         if trainer is not None:
             follow(trainer)
             resume_complete(trainer)
-            _count_evaluations_alone(trainer, self)
-            _note_labels(trainer, self)
-        _log_first(self)
+            count_evaluations_alone(trainer, self)
+            note_labels(trainer, self)
+        log_first(self)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.model is None or model is not self.model:
@@ -135,10 +143,10 @@ class TokenPruneCallback(TrainerCallback):
         if self.watch is not None:
             self.watch.remove()
         self.untrained = False
-        _check_checkpointing(model)
+        check_checkpointing(model)
         reshard(model)
         gates = list(self.inner.token_pruner.training_state.parameters())
-        group = _group_of(optimizer, gates, list(self.objective.parameters()))
+        group = group_of(optimizer, gates, list(self.objective.parameters()))
         self.objective.sharded = has_engine(optimizer) or is_sharded(model)
         self.objective.forgets = not has_engine(optimizer)  # an engine keeps its moments to itself
         if state.global_step == 0:
@@ -172,8 +180,8 @@ class TokenPruneCallback(TrainerCallback):
         self.objective.moment = self.method.schedule.at(state.global_step, self.total)
         if self.objective.moment.phase != "settle":  # hard gates on weights are no part of a checkpoint
             self.objective.harden()
-        self.objective.loss_scale = lambda: _loss_scale(optimizer)
-        trainer = _calling_trainer()
+        self.objective.loss_scale = lambda: loss_scale(optimizer)
+        trainer = calling_trainer()
         says = getattr(trainer, "loss_is_scaled_for_ga", None)
         self.objective.undivided = says is None and getattr(trainer, "model_accepts_loss_kwargs", False)
         self.objective.processes = args.world_size if args.average_tokens_across_devices else 1
@@ -198,13 +206,13 @@ class TokenPruneCallback(TrainerCallback):
                 self.objective.teacher_number = save_teacher(self.objective.teacher, args.output_dir)
         self.objective.moment = self.method.schedule.at(step, self.total)
         # Fewer than usual in the last step of an epoch.
-        now = getattr(_calling_trainer(), "current_gradient_accumulation_steps", None)
+        now = getattr(calling_trainer(), "current_gradient_accumulation_steps", None)
         self.objective.accumulation = now or args.gradient_accumulation_steps
         self.objective.begin_step()
         self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if _scaler_of(optimizer) is not None:
+        if scaler_of(optimizer) is not None:
             return  # it leaves out such a step, and must see all gradients to know it by
         if self.objective.drop_unsound_gradients() and not self.told:
             self.told = True
@@ -252,7 +260,7 @@ class TokenPruneCallback(TrainerCallback):
             numbers = {f"{evaluated}_{name}": value for name, value in self._pop_shares(False).items()}
         else:
             return
-        if "loss" in logs or not (state.is_hyper_param_search and _adds_up(_calling_trainer())):
+        if "loss" in logs or not (state.is_hyper_param_search and adds_up(calling_trainer())):
             logs.update(numbers)
         if state.log_history:
             state.log_history[-1].update(numbers)
@@ -386,37 +394,6 @@ def _shares(meter, model):
     return {"macs_realised": spent / dense, **{f"tokens_after_{layer}": n / entered for layer, n in enumerate(left)}}
 
 
-def _adds_up(trainer):
-    """Is this Trainer in a search whose objective adds up whatever was evaluated?"""
-    return trainer is None or getattr(trainer, "compute_objective", None) in (None, default_compute_objective)
-
-
-def _count_evaluations_alone(trainer, callback):
-    """What else the model is used for in evaluation mode is no part of `eval_macs_realised`."""
-    loop = trainer.evaluation_loop
-
-    @functools.wraps(loop)
-    def evaluation_loop(*args, **kwargs):
-        if callback.inner is not None:
-            callback.meters[False] = CostMeter(callback.inner)
-        return loop(*args, **kwargs)
-
-    trainer.evaluation_loop = evaluation_loop
-
-
-def _note_labels(trainer, callback):
-    """Where the loss is computed outside of the model, labels are taken from the batch before the model sees it."""
-    compute = trainer.compute_loss
-
-    @functools.wraps(compute)
-    def compute_loss(model, inputs, *args, **kwargs):
-        if callback.objective is not None:
-            callback.objective.labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-        return compute(model, inputs, *args, **kwargs)
-
-    trainer.compute_loss = compute_loss
-
-
 def _evaluation_that_counts(history, step, metric):
     """The log up to the evaluation of a step, and what its names begin with; None if there was none. Of several sets
     (`eval_<set>_...`) that one counts by whose `metric` the best model is chosen, or else the first."""
@@ -440,82 +417,3 @@ def _forget_best(state, scheduler=None):
         scheduler.num_bad_epochs = 0
         if hasattr(scheduler, "num_good_epochs"):
             scheduler.num_good_epochs = 0
-
-
-def _forget_what_is_gone(optimizer, model, _incompatible_keys):
-    """A checkpoint has been loaded that may be of a model from which layers have been cut: an optimizer that was made for the whole
-    model holds what is left of it, like the one whose state is loaded next."""
-    left = set(model.parameters())
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter in left]
-
-
-def _check_checkpointing(model):
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if not getattr(module, "gradient_checkpointing", False) or not isinstance(function, functools.partial):
-            continue
-        if function.keywords.get("use_reentrant", True):  # torch's default; transformers says False where it is given nothing
-            raise TrainingError(
-                "Gradient checkpointing with use_reentrant=True, torch's default, cuts the gates off from their gradient. Say "
-                'activation_checkpointing_kwargs={"use_reentrant": False}.'
-            )
-
-
-def _group_of(optimizer, *parameters):
-    """The optimizer's group that holds the gates, or if it holds none of them, the next of these lists of parameters.
-
-    Raises:
-        TrainingError: it holds none of them.
-    """
-    if has_engine(optimizer):  # it has copied them
-        return optimizer.param_groups[0]
-    wanted = [{id(parameter) for parameter in some} for some in parameters]
-    held = [group for some in wanted for group in optimizer.param_groups if some & {id(p) for p in group["params"]}]
-    if not held:
-        raise TrainingError(
-            "The optimizer was made before the gates existed, so it would never train them. Pass the callback as "
-            "Trainer(callbacks=[...]); if you make the optimizer yourself, call callback.attach(model) before that."
-        )
-    return held[0]
-
-
-def _loss_scale(optimizer):
-    """What mixed precision in fp16 multiplies the loss by; 1 otherwise."""
-    scaler = _scaler_of(optimizer)
-    return 1.0 if scaler is None else scaler.get_scale()
-
-
-def _scaler_of(optimizer):
-    """The `GradScaler` of mixed precision in fp16, or None."""
-    scaler = getattr(optimizer, "scaler", None)
-    return scaler if scaler is not None and scaler.is_enabled() else None
-
-
-def _calling_trainer():
-    from transformers import Trainer  # inference has no need of it
-
-    return _calling(Trainer)
-
-
-def _calling(kind):
-    """The nearest object of a kind that is running a method right now in which the caller was called, or None. Callbacks are not
-    told which Trainer, or which handler, calls them."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, kind):
-            return found
-        frame = frame.f_back
-    return None
-
-
-def _log_first(callback):
-    """Move a callback to the front of the Trainer's list, so that what it adds to the logs reaches TensorBoard, W&B and all others.
-
-    The list is found in the handler that is calling right now; where it is another kind of handler, the order stays.
-    """
-    handler = _calling(CallbackHandler)
-    if handler is not None and callback in handler.callbacks:
-        handler.callbacks.remove(callback)
-        handler.callbacks.insert(0, callback)

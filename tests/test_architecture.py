@@ -22,7 +22,7 @@ LAYERS = (
     {"modeling"},
     {"errors", "precision", "weights", "writing"},
     {"cost", "depth", "gates", "losses", "schedule", "loading", "processes", "sharding"},
-    {"budget", "checkpoints", "structure", "surgery", "teacher"},
+    {"budget", "checkpoints", "structure", "surgery", "teacher", "trainer"},
     {"methods"},
     {"training"},
 )

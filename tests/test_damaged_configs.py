@@ -8,7 +8,7 @@ from families import make_inputs
 from test_saving import HEAD, bins, make, without_kept
 
 import hf_tokenprune as tp
-from hf_tokenprune.modeling.modeling_token_pruned import FORMAT_VERSION
+from hf_tokenprune.modeling.pruning_config import FORMAT_VERSION
 
 SITE = {"layer": 1, "selector": {"kind": "rank_bins", "bins": 5}}
 

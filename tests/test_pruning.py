@@ -9,7 +9,7 @@ from reference import DEPTH, Reference, Rule, bins, number, samples_of, share
 import hf_tokenprune as tp
 from hf_tokenprune.modeling import calls, packing
 from hf_tokenprune.modeling.packing import PackedBatch
-from hf_tokenprune.modeling.selection import relative_rank
+from hf_tokenprune.modeling.ranking import relative_rank
 
 TEXT = [name for name in TEXTS if "ForTokenClassification" in FAMILIES[name].heads]
 SUMMARY = {name: row.summary for name, row in FAMILIES.items()}

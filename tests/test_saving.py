@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from training_helpers import Texts, at_home, top, trainer_for
 
 import hf_tokenprune as tp
-from hf_tokenprune.modeling import modeling_token_pruned
+from hf_tokenprune.modeling import modeling_token_pruned, pruning_config
 from hf_tokenprune.trainer_card import complete
 
 HEAD = "ForSequenceClassification"
@@ -82,7 +82,7 @@ def assert_published_form(folder, dense_class, trainer_files=False):
     assert hasattr(hf, auto_class)
     assert config["architectures"] == [dense_class.__name__]
     assert config["model_type"] == dense_class.config_class.model_type
-    assert config["token_pruning"]["version"] == modeling_token_pruned.FORMAT_VERSION
+    assert config["token_pruning"]["version"] == pruning_config.FORMAT_VERSION
     expected = {"README.md", "config.json", "model.safetensors", *code}
     if trainer_files:
         expected |= {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}

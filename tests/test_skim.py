@@ -14,7 +14,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 from training_helpers import at_home, no_dropout
 
 import hf_tokenprune as tp
-from hf_tokenprune.methods.infor_coef import SoftSkim
+from hf_tokenprune.methods.samplers import SoftSkim
 from hf_tokenprune.modeling.attention import weighted_softmax
 from hf_tokenprune.modeling.selection import Skim
 

@@ -10,7 +10,7 @@ from reference import bins
 from training_helpers import no_dropout
 
 import hf_tokenprune as tp
-from hf_tokenprune.methods.top import SoftBins
+from hf_tokenprune.methods.token_bins import SoftBins
 
 HEAD = "ForTokenClassification"
 NAMES = [name for name, row in FAMILIES.items() if HEAD in row.heads]

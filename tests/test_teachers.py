@@ -10,7 +10,8 @@ from training_helpers import Texts, assert_same_state, logged, no_dropout, spent
 from transformers import BertForSequenceClassification, BertModel, BertTokenizerFast
 
 import hf_tokenprune as tp
-from hf_tokenprune.methods.top import RankingLoss, SoftBins
+from hf_tokenprune.methods.ranking import RankingLoss
+from hf_tokenprune.methods.token_bins import SoftBins
 from hf_tokenprune.schedule import Moment
 
 HEAD = "ForSequenceClassification"

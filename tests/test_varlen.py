@@ -9,7 +9,7 @@ import torch
 from families import CASES, build, make_inputs, outputs_of
 
 import hf_tokenprune as tp
-from hf_tokenprune.modeling import attention, kernels, packing, selection, varlen
+from hf_tokenprune.modeling import attention, kernels, packing, ranking, varlen
 from hf_tokenprune.modeling.packing import PackedBatch, scattered_rows
 from hf_tokenprune.modeling.varlen import takes_varlen
 
@@ -332,10 +332,10 @@ def test_ranks_and_rows_are_those_of_the_slow_way(monkeypatch, lengths):
         batch.index, PackedBatch.from_mask(strided, batch_size=len(lengths), seq_len=max(lengths), device="cuda").index
     )
     protected = torch.rand(batch.total, device="cuda") < 0.1
-    by_kernel, rows, chosen = selection.relative_rank(importance, batch, protected), *batch.choose(importance > 0.25)
-    monkeypatch.setattr(selection, "has_kernels", lambda _: False)
+    by_kernel, rows, chosen = ranking.relative_rank(importance, batch, protected), *batch.choose(importance > 0.25)
+    monkeypatch.setattr(ranking, "has_kernels", lambda _: False)
     monkeypatch.setattr(packing, "has_kernels", lambda _: False)
-    for found, expected in zip(by_kernel, selection.relative_rank(importance, batch, protected), strict=True):
+    for found, expected in zip(by_kernel, ranking.relative_rank(importance, batch, protected), strict=True):
         assert torch.equal(found[~protected], expected[~protected])
     slow_rows, slow = batch.choose(importance > 0.25)
     assert torch.equal(rows, slow_rows)

@@ -10,7 +10,7 @@ import hf_tokenprune as tp
 from hf_tokenprune.budget import Lengths
 from hf_tokenprune.cost import CostMeter, layer_shapes
 from hf_tokenprune.gates import keep_probability, sample_hard_concrete
-from hf_tokenprune.methods.top import TokenBins
+from hf_tokenprune.methods.token_bins import TokenBins
 from hf_tokenprune.schedule import Moment
 from hf_tokenprune.surgery import operate
 

@@ -32,8 +32,9 @@ from ..errors import ConfigError, TrainingError
 from ..methods.infor_coef import InforCoef
 from ..methods.top import ToP
 from ..modeling.architectures import transformers_model
-from ..modeling.modeling_token_pruned import detach, is_token_pruned, mount, read_config
+from ..modeling.modeling_token_pruned import detach, is_token_pruned, mount
 from ..modeling.pruner import TokenPruner
+from ..modeling.pruning_config import read_config
 from ..modeling.shapes import shape_map
 from ..schedule import Schedule
 

@@ -16,9 +16,9 @@ from ..losses import logit_distillation, regression_distillation
 from ..losses.carry import carry
 from ..processes import of_all, whole, wrapper_now
 from ..schedule import GATED_PHASES, PHASES, Moment
+from .outputs import apart, is_separate, nothing_labelled, rows_that_count, without_labels, zero_of
 
 logger = logging.get_logger(__name__)
-LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
 
 
 class Helper:
@@ -265,7 +265,7 @@ class Objective:
         if loss is not None:
             # Many heads of transformers ignore `num_items_in_batch`. A mean, times its part of the labels, is what it asks for; the
             # mean of none is NaN, and so would be its gradient.
-            outputs["loss"] = _zero_of(outputs) if _nothing_labelled(kwargs.get("labels")) else loss * of_step
+            outputs["loss"] = zero_of(outputs) if nothing_labelled(kwargs.get("labels")) else loss * of_step
         scale = self.loss_scale if loss is not None else lambda: self.loss_scale() * self.processes
         return carry(outputs, total * of_step, has_loss=loss is not None, share=scale, sharded=self.sharded)
 
@@ -304,7 +304,7 @@ class Objective:
 
     def _distill(self, model, outputs, args, kwargs):
         with torch.set_grad_enabled(self.traced is not None):
-            taught = self.teacher(*args, **_without_labels(kwargs))
+            taught = self.teacher(*args, **without_labels(kwargs))
         if self.traced is not None:
             self.traced(self, taught)
         self.taught = taught
@@ -312,11 +312,11 @@ class Objective:
             student, target = self.readout(outputs), self.readout(taught)
             if student.shape != target.shape:  # hidden units were cut: texts can still be as alike as they were
                 student, target = (functional.cosine_similarity(x[:, None], x[None], dim=-1) for x in (student, target))
-            return {"distillation": self.distill_weight * _apart(student, target)}
+            return {"distillation": self.distill_weight * apart(student, target)}
         names = [name for name in taught if name.endswith("logits")]
         loss = regression_distillation if is_separate(model) else logit_distillation
         if not names:  # a base model: nobody knows yet what its hidden states are for
-            names, loss = ["last_hidden_state"], _apart
+            names, loss = ["last_hidden_state"], apart
             if outputs.last_hidden_state.shape != taught.last_hidden_state.shape:  # hidden units were cut
                 return {}
         else:
@@ -326,7 +326,7 @@ class Objective:
             student, target = outputs[name], taught[name]
             if student.dim() < target.dim():  # ModernBERT's `sparse_prediction`: logits of labelled tokens only
                 target = target[kwargs["labels"].ne(model.sparse_pred_ignore_index)]
-            mask = _rows_that_count(target, kwargs)
+            mask = rows_that_count(target, kwargs)
             if mask is not None:
                 student, target = student[mask], target[mask]
             total = total + loss(student, target)
@@ -346,7 +346,7 @@ class Objective:
             with torch.no_grad():
                 for gates in (soft, {}):
                     pruner.soft, pruner.soft_in_eval = gates, gates is soft
-                    outputs = forward(*args, **_without_labels(kwargs))
+                    outputs = forward(*args, **without_labels(kwargs))
                     name = next((name for name in outputs if name.endswith("logits")), None)
                     read = outputs[name or "last_hidden_state"] if self.readout is None else self.readout(outputs)
                     found.append(read.float())
@@ -356,7 +356,7 @@ class Objective:
             for module, mode in modes.items():
                 module.training = mode
         if self.readout is not None or name is None:
-            return _apart(*found).item()
+            return apart(*found).item()
         if is_separate(model):
             return (found[0] - found[1]).abs().mean().item()
         return (found[0].softmax(-1) - found[1].softmax(-1)).abs().sum(-1).mean().item() / 2
@@ -376,43 +376,3 @@ class Objective:
         names = dict.fromkeys(name for numbers in noted for name in numbers)  # some may not have noted all
         pairs = {name: [numbers[name] for numbers in noted if name in numbers] for name in names}
         return {name: sum(total for total, _ in found) / sum(count for _, count in found) for name, found in pairs.items()}
-
-
-def _nothing_labelled(labels):
-    """Are there labels per token, and all of them to be ignored?"""
-    return labels is not None and labels.dim() > 1 and not labels.is_floating_point() and not labels.ne(-100).any()
-
-
-def _zero_of(outputs):
-    """A loss of 0 whose gradient is one of zeros."""
-    return next(value for name, value in outputs.items() if name.endswith("logits"))[:0].sum()
-
-
-def _apart(student, teacher):
-    """Mean squared difference, relative to the teacher's mean square: 0 = the same, about 2 = of unrelated directions."""
-    return regression_distillation(student, teacher) / teacher.detach().float().square().mean()
-
-
-def _without_labels(kwargs):
-    return {name: value for name, value in kwargs.items() if name not in (*LABELS, "return_loss")}
-
-
-def is_separate(model):
-    """Is each logit a judgement of its own (regression, several labels) rather than one class of many? `problem_type` says so, but
-    transformers sets it only once it has computed a loss."""
-    kind = model.config.problem_type
-    one = model.config.num_labels == 1 and "Classification" in type(model).__name__
-    return kind in ("regression", "multi_label_classification") or (kind is None and one)
-
-
-def _rows_that_count(tensor, kwargs):
-    """Mask of rows to compare: labelled ones where labels are per token, else real tokens, else (per sample) all."""
-    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
-    rows = tensor.shape[:-1]
-    if labels is not None and labels.shape == rows:
-        counts = labels != -100
-        if counts.any() and not counts.all():
-            return counts
-    if mask is not None and mask.shape == rows and tensor.dim() > 2:
-        return mask.bool()
-    return None

@@ -7,7 +7,8 @@ from torch.nn.functional import normalize
 
 from ..losses import listwise
 from ..modeling.architectures import find_encoder, get_layers
-from .base import Helper, is_separate
+from .base import Helper
+from .outputs import is_separate
 
 
 class SaliencyLoss(Helper):

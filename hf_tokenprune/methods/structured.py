@@ -15,8 +15,9 @@ from ..modeling.modeling_token_pruned import attach, is_token_pruned
 from ..processes import agreed, count, renew
 from ..structure import PARTS, Layout, StructureGates
 from ..surgery import operate
-from .budgeted import BudgetedGates, Part
+from .budgeted import BudgetedGates
 from .gated import GatedMethod, GatedObjective, is_number
+from .parts import Part
 
 logger = logging.get_logger(__name__)
 

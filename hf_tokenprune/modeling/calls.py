@@ -13,7 +13,7 @@ import torch
 from .attention import packed_attention
 from .errors import UnsupportedInputError
 from .packing import PackedBatch, rows_of
-from .selection import most_important
+from .ranking import most_important
 
 
 class Active(threading.local):

@@ -86,7 +86,7 @@ def received(queries, keys, sums, bounds, longest, scaling, say=None):
 
 
 def ranks(importance, protected, bounds, longest):
-    """`(rank, relative)` as `selection.relative_rank` has them.
+    """`(rank, relative)` as `ranking.relative_rank` has them.
 
     Args:
         importance: `(T,)` float32.

@@ -8,11 +8,11 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool1d, layer_norm
 
 from .cutting import cut_parameter
 from .errors import ConfigError
-from .kernels import has_kernels, ranks
+from .ranking import most_important, relative_rank, relative_ranks
+from .scoring import Scorer
 
 SELECTORS = {}
 
@@ -42,51 +42,6 @@ class OnHost:
         if self.state != state:
             self.state, self.numbers = state, buffer.tolist()
         return self.numbers
-
-
-def relative_rank(importance, batch, protected):
-    """Where each token stands among the droppable tokens of its own sequence: 0 = most, 1 = least important.
-
-    A token ranked `r` of `n` (from 0) gets `(r + 0.5) / n`, so that keeping all tokens below a share `f` keeps
-    `round(f * n)` of them. Ties go to the earlier token.
-
-    Args:
-        importance: `(T,)` higher = kept longer.
-        batch: the `PackedBatch` the tokens belong to.
-        protected: `(T,)` bool; these tokens are left out of the ranking.
-
-    Returns:
-        `(rank, relative)`, both `(T,)`: the integer rank and the relative one. Neither means anything for a protected token.
-    """
-    if has_kernels(importance.device):
-        return ranks(importance.detach().float(), protected, batch.bounds, max(batch.lengths))
-    rows, width = len(batch.lengths), max(batch.lengths, default=0)
-    score = importance.detach().float().masked_fill(protected, float("-inf"))
-    even = batch.total == rows * width
-    if even:
-        table, droppable = score.view(rows, width), (~protected).view(rows, width).sum(1)
-    else:
-        table = score.new_full((rows, width), float("-inf"))
-        table[batch.sequence_ids, batch.places] = score
-        droppable = torch.zeros(rows, device=score.device).index_add_(0, batch.sequence_ids, (~protected).float())
-    order = table.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand_as(order))
-    relative = (rank + 0.5) / droppable.clamp(min=1)[:, None]
-    if even:
-        return rank.view(-1), relative.view(-1)
-    return rank[batch.sequence_ids, batch.places], relative[batch.sequence_ids, batch.places]
-
-
-def relative_ranks(count):
-    """What `relative_rank` gives to the ranks of a sequence of so many droppable tokens, to the last bit."""
-    return (torch.arange(count) + 0.5) / torch.full((count,), float(count))
-
-
-def most_important(importance, batch, protected):
-    """`(T,)` bool: the most important token of each sequence that has no protected one, so that none ever ends empty."""
-    rank, _ = relative_rank(importance, batch, protected)
-    guarded = torch.zeros(len(batch.lengths), device=protected.device).index_add_(0, batch.sequence_ids, protected.float())
-    return (rank == 0) & (guarded == 0)[batch.sequence_ids]
 
 
 class Selector(nn.Module):
@@ -126,77 +81,6 @@ class Selector(nn.Module):
 
     def cut_context(self, index, on_cut=None):
         """What the layer's attention brings together is cut down to what is at `index`: the same."""
-
-
-class Standardize(nn.Module):
-    """LayerNorm without weights, in float32. Gates on what it reads count in its mean and variance, as in any LayerNorm."""
-
-    eps, weight, bias = 1e-5, None, None
-
-    def forward(self, states):
-        return layer_norm(states.float(), states.shape[-1:], eps=self.eps)
-
-
-class Scorer(nn.Module):
-    """Importance that is learned: the logarithm of the attention received, and what is read from a token's states, and perhaps from
-    those of its neighbours: what an answer is made of lies together.
-
-    Until it is trained it orders tokens as the attention received does.
-
-    Args:
-        hidden: the model's hidden size.
-        width: heads x head size.
-        near: how many neighbours to either side are read, 0 = none.
-    """
-
-    GAIN = 30.0  # it has to learn within an epoch, at the learning rate of the weights
-
-    def __init__(self, hidden, width, near=0):
-        super().__init__()
-        self.near = near
-        self.received = nn.Parameter(torch.full((1,), 1 / self.GAIN))
-        maps = 2 if near else 1  # of the token itself; of its neighbours
-        self.entered = nn.Parameter(torch.zeros(maps, hidden))
-        self.context = nn.Parameter(torch.zeros(maps, width))
-        self.norms = nn.ModuleDict({"entered": Standardize(), "context": Standardize()})
-
-    def forward(self, received, batch, entered, context):
-        """`(T,)` scores in float32.
-
-        Args:
-            received: `(T,)` the attention received.
-            batch: the `PackedBatch` the tokens belong to.
-            entered: `(T, hidden)` hidden states with which they entered the layer.
-            context: `(T, width)` what its attention has brought together for them.
-        """
-        score = self.received.float() * received.float().clamp(min=1e-9).log()
-        with torch.autocast(received.device.type, enabled=False):  # ranks want more bits than half precision has
-            told = self.entered.float() @ self.norms["entered"](entered).T
-            told = told + self.context.float() @ self.norms["context"](context).T
-        score = score + told[0]
-        if self.near:
-            score = score + mean_around(told[1], batch, self.near)
-        return self.GAIN * score
-
-
-def mean_around(values, batch, reach):
-    """`(T,)` for each token, the mean of `values` `(T,)` over the tokens of its sequence that are at most `reach` places away.
-
-    Example:
-        >>> from .packing import PackedBatch
-        >>> batch = PackedBatch.from_mask(None, batch_size=2, seq_len=3, device="cpu")
-        >>> mean_around(torch.tensor([1.0, 2.0, 3.0, 10.0, 10.0, 40.0]), batch, 1)
-        tensor([ 1.5000,  2.0000,  2.5000, 10.0000, 20.0000, 25.0000])
-    """
-    rows, width = len(batch.lengths), max(batch.lengths)
-    around = {"kernel_size": 2 * reach + 1, "stride": 1, "padding": reach}
-    if batch.total == rows * width:
-        return avg_pool1d(values.view(rows, 1, width), **around, count_include_pad=False).view(-1)
-    cells = batch.sequence_ids, batch.places
-    nothing = values.new_zeros(rows, width)
-    told, there = nothing.index_put(cells, values), nothing.index_put(cells, torch.ones_like(values))
-    told, there = (avg_pool1d(table[:, None], **around)[:, 0] for table in (told, there))
-    return told[cells] / there[cells]
 
 
 @register_selector
