@@ -196,7 +196,7 @@ def _add_report(commands):
     add("--images", metavar="FILE", nargs="+", help="image files, for a model that reads pixels")
     add("--limit", metavar="N", type=_count, default=100, help="use the first N texts or images (default: %(default)s)")
     add("--repeats", metavar="N", type=_count, default=3, help="measurements of the layers (default: %(default)s)")
-    add("--results", metavar="JSON", nargs="+", default=[], help="benchmark results to plot score against MACs")
+    add("--runs", metavar="JSON", nargs="+", default=[], help="runs of examples/benchmark, to plot score against MACs")
     add("--plots", metavar="FOLDER", help="also write each plot as PNG and SVG to this folder")
     add("-o", "--output", metavar="FILE", default="report.html", help="the page (default: %(default)s)")
     command.set_defaults(run=_report, command=command)
@@ -212,9 +212,7 @@ def _report(arguments, command):
         samples = [_read_image(file) for file in arguments.images[: arguments.limit]]
     else:
         samples = _texts(arguments)
-    found = report(
-        arguments.folder, samples, max_length=arguments.max_length, repeats=arguments.repeats, results=arguments.results
-    )
+    found = report(arguments.folder, samples, max_length=arguments.max_length, repeats=arguments.repeats, runs=arguments.runs)
     found.save(arguments.output)
     if arguments.plots:
         found.save_plots(arguments.plots)

@@ -136,7 +136,7 @@ def test_nothing_from_outside_becomes_markup(tmp_path):
     (tmp_path / "evil.json").write_text(json.dumps(run))
     folder = save(tmp_path / "<i>&", model, tokenizer=False)
     tokenizer.save_pretrained(folder)
-    made, text = write(folder, [EVIL, "&amp; the cat"], results=[tmp_path / "evil.json"])
+    made, text = write(folder, [EVIL, "&amp; the cat"], runs=[tmp_path / "evil.json"])
     assert any(token.text == "<script>" for token in made.samples[0])
     page = Page(text)
     assert not {"script", "i"} & {tag for tag, _ in page.seen}
@@ -305,11 +305,11 @@ def test_results_give_a_plot_and_the_log_of_their_own_model(folders, tmp_path):
         result = {"task": "mrpc", "method": method, "metric": "accuracy", "score": score, "reduction": {"true_length": 2.0}}
         (tmp_path / f"{name}.json").write_text(json.dumps({**result, "training": {"log": log if name == "pruned" else []}}))
     (tmp_path / "dense-mrpc.json").write_text(json.dumps({"task": "mrpc", "trials": []}))
-    made, text = write(folders["pruned"], results=sorted(tmp_path.glob("*.json")))
-    assert [run["method"] for run in made.results] == ["dense", "top"]
+    made, text = write(folders["pruned"], runs=sorted(tmp_path.glob("*.json")))
+    assert [run["method"] for run in made.runs] == ["dense", "top"]
     assert made.log == log[:1]
     assert "mrpc: score against MACs reduction" in text
-    assert write(folders["cut"], results=[tmp_path / "pruned.json"])[0].log == []
+    assert write(folders["cut"], runs=[tmp_path / "pruned.json"])[0].log == []
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_file_that_is_no_result_is_refused_before_anything_runs(tmp_path, monk
     (tmp_path / "bad.json").write_text(content)
     monkeypatch.setattr(collect, "copy_of", None)
     with pytest.raises(tp.errors.ConfigError, match=r"bad\.json"):
-        tp.report(pruned_model(), SENTENCES, tokenizer=make_tokenizer(), results=[tmp_path / "bad.json"])
+        tp.report(pruned_model(), SENTENCES, tokenizer=make_tokenizer(), runs=[tmp_path / "bad.json"])
 
 
 def test_images_are_grids(tmp_path):
@@ -389,7 +389,7 @@ def test_command_line_writes_a_page_and_plots(folders, tmp_path, capsys):
         (["{pruned}", "--images", "{tmp}/a.csv", "--texts", "{tmp}/a.csv"], "cannot be given together"),
         (["{pruned}", "--images", "{tmp}/a.csv", "--columns", "a"], "cannot be given together"),
         (["{pruned}", "-o", "{tmp}/none/r.html"], "cannot be written"),
-        (["{pruned}", "--results", "{tmp}/a.csv"], "cannot be read as JSON"),
+        (["{pruned}", "--runs", "{tmp}/a.csv"], "cannot be read as JSON"),
     ],
 )
 def test_wrong_input_gives_one_clear_line(folders, tmp_path, capsys, arguments, words):

@@ -28,7 +28,7 @@ def layer_distances(student, teacher, there=None):
     apart, count = 0.0, 0.0
     for start in range(0, max(tokens, 1), CHUNK):
         some = slice(start, start + CHUNK)
-        more = apart(_layers(student, mine, some), _layers([states.detach() for states in teacher], theirs, some))
+        more = _apart(_layers(student, mine, some), _layers([states.detach() for states in teacher], theirs, some))
         apart, count = apart + more[0], count + more[1]
     return (apart / (count * width)).clamp(min=0)
 
@@ -45,7 +45,7 @@ def _layers(layers, there, some):
     return states * here[..., None], here
 
 
-def apart(student, teacher):
+def _apart(student, teacher):
     """For each pair of layers, the squared difference of all tokens that both have, and how many these are."""
     (mine, here), (theirs, over) = student, teacher
     # |s - t|^2 = |s|^2 + |t|^2 - 2 s t, the products of all pairs by one of matrices. In half precision they would not add up to it.

@@ -121,7 +121,7 @@ class Objective:
 
     def reached(self, spent):
         """What a settled run was asked for and has come to, for its last log. `spent`: the share of the dense model's MACs."""
-        return {f"{self.cost}_target": self.target(), "macs_realised": spent}
+        return {**self._asked(), "macs_realised": spent}
 
     def end_run(self, spent, best_spent=None):
         """Training is over: say what went wrong. `spent`: as `reached` was told, or None if it never settled. `best_spent`: what the
@@ -200,7 +200,11 @@ class Objective:
 
     def state(self):
         """Where the run is, for the log."""
-        return {"pruning_phase": PHASES.index(self.moment.phase), f"{self.cost}_target": self.target()}
+        return {"pruning_phase": PHASES.index(self.moment.phase), **self._asked()}
+
+    def _asked(self):
+        target = self.target()
+        return {} if target is None else {f"{self.cost}_target": target}
 
     def __call__(self, model, forward, args, kwargs):
         self._begin()

@@ -188,12 +188,6 @@ class InforCoefObjective(StructuredObjective):
             progress = max(progress - self.FORESEES, 0.0) / (1 - self.FORESEES)
         return max(ramp(progress, self.config.static_macs or self.gates.everything(), final, warm=0.8), final)
 
-    def state(self):
-        return {name: value for name, value in super().state().items() if value is not None}
-
-    def reached(self, spent):
-        return {name: value for name, value in super().reached(spent).items() if value is not None}
-
     def open_gates(self):
         super().open_gates()
         self.looks = {}

@@ -18,7 +18,7 @@ from ..modeling.shapes import shape_map
 from ..modeling.sizes import sizes_of
 from ..subject import check_numbers, contenders, copy_of, cpu_name, open_model, versions
 from ..writing import write_output
-from .history import find_log, read_results
+from .history import find_log, read_runs
 from .page import render
 from .plots import check_matplotlib, save_plots
 from .samples import Images, Texts
@@ -69,7 +69,7 @@ class Report:
         max_length: the length that padded MACs are counted at, or None for images.
         machine: where and how the milliseconds were measured.
         log: entries of the Trainer's log that tell how training met the budget.
-        results: benchmark results.
+        runs: of the benchmark.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Report:
     max_length: int | None
     machine: dict[str, Any]
     log: list[dict]
-    results: list[dict]
+    runs: list[dict]
 
     @property
     def was_cut(self) -> bool:
@@ -117,7 +117,7 @@ def report(
     max_length: int | None = None,
     repeats: int = 3,
     log_history: Sequence[dict] | None = None,
-    results: Sequence[str | os.PathLike] = (),
+    runs: Sequence[str | os.PathLike] = (),
 ) -> Report:
     """Look at a model: how deep each token of some texts (or each patch of some images) lives, and what each layer costs.
 
@@ -132,7 +132,7 @@ def report(
             can read if that is less.
         repeats: how often the layers are timed, on the first 32 samples as one batch.
         log_history: `trainer.state.log_history`; by default that of a `trainer_state.json` in the folder or its last checkpoint.
-        results: JSON files that `examples/benchmark/run.py` wrote, for a plot of score against MACs.
+        runs: JSON files that `examples/benchmark/run.py` wrote, for a plot of score against MACs.
 
     Raises:
         ConfigError: an argument makes no sense, or the folder lacks the model or the tokenizer.
@@ -145,9 +145,9 @@ def report(
     check_numbers(repeats=[repeats])
     folder = None if isinstance(folder_or_model, nn.Module) else Path(folder_or_model)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    runs = read_results(results)
+    known = read_runs(runs)
     model = copy_of(transformers_model(folder_or_model), share_weights=True) if folder is None else open_model(folder)
-    log = find_log(folder, log_history, runs)
+    log = find_log(folder, log_history, known)
     model = pack(model.eval())
     if model.main_input_name == "pixel_values":
         source = Images(model, samples, folder if processor is None else processor)
@@ -190,7 +190,7 @@ def report(
             "versions": versions(),
         },
         log=log,
-        results=[run for _, run in runs],
+        runs=[run for _, run in known],
     )
 
 

@@ -1,4 +1,4 @@
-"""How a model came about: the Trainer's log, and the results of benchmarks."""
+"""How a model came about: the Trainer's log, and runs of the benchmark."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from ..errors import ConfigError
 SHARES = ("macs_target", "macs_expected", "macs_realised")
 
 
-def find_log(folder: Path | None, given, results) -> list[dict]:
+def find_log(folder: Path | None, given, runs) -> list[dict]:
     """The entries that tell of the budget, from `given`, else the folder's `trainer_state.json` or that of its last checkpoint, else
     the benchmark result that has the folder's name."""
     if given is None and folder is not None:
@@ -18,7 +18,7 @@ def find_log(folder: Path | None, given, results) -> list[dict]:
         files = [folder / "trainer_state.json", *([Path(checkpoint) / "trainer_state.json"] if checkpoint else [])]
         given = next((_read(file).get("log_history") for file in files if file.is_file()), None)
         if given is None:
-            named = (run for name, run in results if name == folder.resolve().name)
+            named = (run for name, run in runs if name == folder.resolve().name)
             given = next(named, {}).get("training", {}).get("log")
     entries = given or []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -26,7 +26,7 @@ def find_log(folder: Path | None, given, results) -> list[dict]:
     return [entry for entry in entries if "step" in entry and any(name in entry for name in SHARES)]
 
 
-def read_results(files) -> list[tuple[str, dict]]:
+def read_runs(files) -> list[tuple[str, dict]]:
     """`(name, result)` of files of `examples/benchmark/run.py`; its searches for a learning rate (`dense-*.json`) are no results."""
     found = []
     for file in map(Path, files):

@@ -45,7 +45,7 @@ def plots(report) -> dict[str, tuple[str, object]]:
         found["budget"] = ("MACs over training, as a share of the dense model's", _budget)
     if any(name.startswith("tokens_after_") for entry in report.log for name in entry):
         found["training"] = ("Tokens that leave each layer over training, as a share", _training)
-    for task in dict.fromkeys(run["task"] for run in report.results):
+    for task in dict.fromkeys(run["task"] for run in report.runs):
         found[f"score-{task}"] = (
             f"{task}: score against MACs reduction",
             lambda report, axes, task=task: _score(report, axes, task),
@@ -193,7 +193,7 @@ def _training(report, axes):
 
 def _score(report, axes, task):
     lines = defaultdict(list)
-    runs = [run for run in report.results if run["task"] == task]
+    runs = [run for run in report.runs if run["task"] == task]
     for run in runs:
         lines[run["method"]].append((run["reduction"]["true_length"], 100 * run["score"]))
     number = 0
