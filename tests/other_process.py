@@ -52,7 +52,7 @@ def same(found, expected):
 def run_offline(root, script, *options):
     """Run a script, given the folder `root`, and return the reports that it leaves there."""
     (root / "script.py").write_text(script)
-    path = os.pathsep.join([str(Path(tp.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(Path(tp.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     home = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
     environment = {**os.environ, **home, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, *options, str(root / "script.py"), str(root)]

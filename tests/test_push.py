@@ -23,7 +23,7 @@ HEAD = "ForSequenceClassification"
 CODE = {file.name for file in Path(modeling_token_pruned.__file__).parent.glob("[!_]*.py")}
 BENCH = {
     "class": "BertForSequenceClassification", "cpu": "Some CPU", "gpu": None, "threads": 2, "dtype": "float32", "load_average": 0.1,
-    "tokens_per_text": 20.0, "max_length": 64,
+    "texts": 64, "tokens_per_text": 20.0, "max_length": 64,
     "results": [
         {
             "batch_size": 8, "ms": {"hf_padded": 8.0, "hf_sorted": 7.0, "packed_dense": 4.0, "pruned": 2.0},

@@ -34,7 +34,7 @@ TITLES = {
 }
 
 MAIN = {"top": "ToP", "structured": "StructuredPruning", "structured+top": "Compose", "infor-coef": "InforCoef"}
-PRUNED = ("topk", "topk-trained", "top-attention", "top-alone", "top", "structured", "structured+top", "infor-coef")
+PRUNED = ("topk", "topk-trained", "top-paper", "top-attention", "top-alone", "top", "structured", "structured+top", "infor-coef")
 BOTH = ("structured+top", "infor-coef")  # these drop tokens and cut weights
 ORDER = (*UNPRUNED, *PRUNED)
 MEANS = (  # over tasks: at a method's first target that lies between two
@@ -239,24 +239,27 @@ def signed(points):
     return f"{points:+.1f}" if points else "0.0"
 
 
-COLUMNS = """all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same dense model, which is also its teacher:
+COLUMNS = """All are of all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same dense model, also its teacher:
 fine-tuned for 2 to 4 epochs with the learning rate and of the epoch that were best on held-out data (two rates were tried for MRPC
-and STS-B, one elsewhere). A method trains on, for 2 to 5 more epochs, taught by it: what that alone gives says "trained on", where
-nothing goes and all else is as for `structured`. "target" is the reduction of MACs asked for, in brackets the one reached, on the
-real tokens, and "by weights" what it would be if no token were dropped (the dense model itself has about 1.1 x when it is packed:
-where the head reads one token, its last layer computes no more). A score is to be compared with "dense", or, where dense was run
-with more seeds, with the score after "of", which is dense's with the same seeds; ± is the standard deviation over seeds, scores
-without are of one. Blank: not measured.
-In the last rows a method that was not measured on all tasks says on how many.
-CPUs round differently, so the dense model of one seed is not the same on all: MRPC's of seed 1 has 79.0 here, and had 79.5 where
-`structured` began from it. Variants of `top` were measured with the importance of an older version. SQuAD is trained on the
-questions about 44 articles.
+and STS-B, one elsewhere). A method trains on for 2 to 5 more epochs. "trained on" is what that gives by itself: as `structured`, with
+nothing cut. "target" is the reduction of MACs asked for; in brackets the one reached, on the real tokens, and "by weights" what it
+would be if no token were dropped (a dense model has about 1.1 x once it is packed: where the head reads one token, its last layer
+computes no more). "of" is the dense score of the same seeds, where dense has more of them; ± the standard deviation over seeds,
+without which there is one. Blank: not measured. In the last rows a method that was not measured on all tasks says on how many.
 
 * `topk` keeps the same share of the tokens in every layer but the first, without training; `topk-trained` trains the weights with
   that selection, taught by the teacher's logits alone (the methods are taught by its hidden states, too).
 * `top` is ToP as it is by default: importance is learned, from a token and its neighbours. `top-alone` learns it from each token
-  alone, `top-attention` takes the attention that tokens receive, as the paper does.
-* `structured` is StructuredPruning, `structured+top` Compose of both, `infor-coef` InforCoef."""
+  alone; `top-attention` takes the attention that tokens receive, as the paper does; `top-paper` is the paper's in all that ToP lets
+  one choose.
+* `structured` is StructuredPruning, `structured+top` Compose of both, `infor-coef` InforCoef.
+
+Some rows were measured with older code. `top` on WikiQA, SST-2 and 20 Newsgroups, `top-alone` and `top-attention`: before importance
+was taught what later layers hang on, and sites shared the budget out by what they are worth. `structured+top` on WikiQA and 20
+Newsgroups: before tokens counted more than their information. `infor-coef` on WikiQA: before its gradients were right, with the
+paper's noise. All of SQuAD: before padding left its softmax, which changed nothing that could be measured
+([`results/choices`](../results/choices)). SQuAD is trained on the questions about 44 articles. CPUs round differently, so the dense
+model of a seed is not the same on all; runs that name the one that they began from are only compared with that one."""
 
 
 def index(runs):

@@ -14,8 +14,9 @@ from .outputs import is_separate
 class SaliencyLoss(Helper):
     """Teaches the scorers at the sites which tokens the teacher's judgement hangs on, while the gates are learned and after.
 
-    The saliency of a token in a layer is the norm of the gradient of what the teacher says with respect to the hidden state with
-    which the token enters that layer: one backward pass through the teacher gives it for all layers. What is taught is the token's
+    The saliency of a token in a layer (of pixels: Simonyan et al. 2013, arXiv 1312.6034) is the norm of the gradient of what the
+    teacher says with respect to the hidden state with which the token enters that layer: one backward pass through the teacher
+    gives it for all layers. What is taught is the token's
     share in the saliency of its text, summed over the site's layer and all later ones: they will miss what is dropped, and know
     better what the answer is made of. The loss goes on into the encoder, whose early layers learn to find these tokens.
     """
@@ -54,12 +55,13 @@ class SaliencyLoss(Helper):
 
     def losses(self, objective):
         targets, self.targets = self.targets, {}
-        calls = objective.pruner.last_forward.calls
-        losses = []
+        if not targets:
+            return {}
+        calls, losses = objective.pruner.last_forward.calls, []
         for site, target in targets.items():
             scores, mask = padded_importance(calls[site], calls[site].protected)
             losses.append(listwise(scores, target, mask))
-        return {"importance": self.weight * torch.stack(losses).mean()} if losses else {}
+        return {"importance": self.weight * torch.stack(losses).mean()}
 
     def _who_learns(self, objective):
         """The sites that had importance in the student's forward, and the teacher's layer for each. While settling, those have none

@@ -25,16 +25,19 @@ logger = logging.get_logger(__name__)
 class ToP(GatedMethod):
     """Learn which ranks of tokens to drop in which layer, for a given share of the dense model's MACs.
 
-    At each site the tokens of a text are ranked by the attention they receive; `rank_bins` gates say which bins of relative rank
-    survive, and one gate says whether the site prunes at all (section 4.2). The expected MACs of all gates are held to a target
-    that tightens linearly from what the packed model spends to `target_macs` over four fifths of the annealing (section 4.3), or of
-    what is left of it after measuring, see below.
-    The teacher's logits are distilled, and its last layer's ranking of the tokens, with LambdaARP2, into the early layers
-    (section 4.1).
+    The paper: at each site the tokens of a text are ranked by the attention they receive; `rank_bins` gates say which bins of
+    relative rank survive, and one gate says whether the site prunes at all (section 4.2). The expected MACs of all gates are held to
+    a target that tightens linearly to `target_macs` (section 4.3), by a Lagrangian. The teacher's logits are distilled, and its last
+    layer's ranking of the tokens, with LambdaARP2, into the early layers (section 4.1).
 
-    Attention received does not tell which tokens an answer is made of. Learned importance (not in the paper) adds to its
-    logarithm, at each site, what linear maps read from a token's hidden state and from what attention has just brought to it, and
-    from the mean of both over its neighbours.
+    By default this is otherwise in four respects, as that does better on small models and in short runs: importance is learned,
+    there is no ranking loss, no gate of the whole site, and the target is held by projection; and hidden states are distilled, too.
+    The paper's own form is `ToP(importance="attention", rank_weight=1.0, site_gates=True, constraint="lagrangian",
+    layer_weight=0.0)`. The target tightens over four fifths of the annealing, or of what is left of it after measuring, see below.
+
+    Attention received does not tell which tokens an answer is made of. Learned importance adds to its logarithm, at each site,
+    what linear maps read from a token's hidden state and from what attention has just brought to it, and from the mean of both over
+    its neighbours.
     From the start of the annealing to the end of the run these maps are taught to foresee the teacher's saliency: the norm of the
     gradient of what it says with respect to each token's hidden state, in the layer of the site and in all later ones. That takes a
     backward pass through the teacher in each step.
