@@ -7,7 +7,7 @@ say everything about it: how many samples, and the sums of `c`, `m`, `c^2`, `c m
 
 from dataclasses import dataclass, replace
 
-from .cost import dense_layer_shapes, layer_shapes
+from .cost import dense_layer_costs, layer_costs
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Budget:
 
     def __init__(self, model, pruner=None, sites=None):
         pruner = model.token_pruner if pruner is None else pruner
-        self.shapes, self.dense_shapes = layer_shapes(model), dense_layer_shapes(model)
+        self.costs, self.dense_costs = layer_costs(model), dense_layer_costs(model)
         self.sites = sorted(map(int, pruner.sites if sites is None else sites))
         sites = {layer: pruner.site(layer) for layer in self.sites}  # at the size they have now, also where weights are gated
         self.scorers = {layer: site.reads for layer, site in sites.items() if getattr(site, "scorer", None) is not None}
@@ -55,49 +55,49 @@ class Budget:
         self.pooled_head = pruner.pooled_head
         self.asks_alone = pruner.pooled_asks_alone
 
-    def share(self, kept, lengths, shapes=None):
+    def share(self, kept, lengths, costs=None):
         """The share of the dense model's MACs on the real tokens (full last layer) that is spent.
 
         Args:
             kept: per site, in order of layers, the share of the droppable tokens that enter it and survive: a tensor `(sites,)` or
                 a list of floats.
             lengths: `Lengths` of the data.
-            shapes: a `LayerShape` per layer, of numbers or tensors, if weights are gated; by default the model's own.
+            costs: a `LayerCost` per layer, of numbers or tensors, if weights are gated; by default the model's own.
 
         Returns:
             A scalar like the entries of `kept`: a tensor, differentiable in `kept`, or a float.
         """
         kept = dict(zip(self.sites, kept, strict=True))
         alive, spent = 1.0, 0.0
-        dense = sum(self._layer(shape, 1.0, 1.0, lengths) for shape in self.dense_shapes)
-        shapes = self.shapes if shapes is None else shapes
-        for layer, shape in enumerate(shapes):
+        dense = sum(self._layer(cost, 1.0, 1.0, lengths) for cost in self.dense_costs)
+        costs = self.costs if costs is None else costs
+        for layer, cost in enumerate(costs):
             if layer in self.scorers:  # they read every token that enters
-                shape = replace(shape, before=shape.before + self.scorers[layer])
+                cost = replace(cost, before=cost.before + self.scorers[layer])
             entering, alive = alive, alive * kept.get(layer, 1.0)
-            if self.pooled_head and layer == len(shapes) - 1:
+            if self.pooled_head and layer == len(costs) - 1:
                 tokens = self._tokens(entering, lengths)
                 queries = tokens if self.asks_alone else self._pairs(entering, lengths)
-                spent = spent + shape.before * tokens + shape.attention * queries + shape.after * lengths.samples
+                spent = spent + cost.before * tokens + cost.attention * queries + cost.after * lengths.samples
             else:
-                spent = spent + self._layer(shape, entering, alive, lengths)
+                spent = spent + self._layer(cost, entering, alive, lengths)
         return spent / dense
 
-    def parameters(self, shapes):
-        """The share of the weights of the dense model's layers that `LayerShape`s of numbers or tensors have left."""
-        return sum(s.before + s.after for s in shapes) / sum(s.before + s.after for s in self.dense_shapes)
+    def parameters(self, costs):
+        """The share of the weights of the dense model's layers that `LayerCost`s of numbers or tensors have left."""
+        return sum(s.before + s.after for s in costs) / sum(s.before + s.after for s in self.dense_costs)
 
     def least(self):
         """The smallest share that long texts could be brought down to: everything dropped at the first site."""
-        whole = sum(s.before + s.after for s in self.dense_shapes)
+        whole = sum(s.before + s.after for s in self.dense_costs)
         first = self.sites[0]
         return (
-            sum(s.before + s.after for s in self.shapes[:first]) + self.shapes[first].before + self.scorers.get(first, 0)
+            sum(s.before + s.after for s in self.costs[:first]) + self.costs[first].before + self.scorers.get(first, 0)
         ) / whole
 
-    def _layer(self, shape, entering, surviving, lengths):
-        tokens = shape.before * self._tokens(entering, lengths) + shape.after * self._tokens(surviving, lengths)
-        return tokens + shape.attention * self._pairs(entering, lengths)
+    def _layer(self, cost, entering, surviving, lengths):
+        tokens = cost.before * self._tokens(entering, lengths) + cost.after * self._tokens(surviving, lengths)
+        return tokens + cost.attention * self._pairs(entering, lengths)
 
     def _pairs(self, alive, lengths):
         return lengths.protected_squares + 2 * alive * lengths.products + alive * alive * lengths.squares

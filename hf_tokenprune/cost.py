@@ -28,7 +28,7 @@ from .modeling.sizes import has_ffn
 
 
 @dataclass(frozen=True)
-class LayerShape:
+class LayerCost:
     """What one layer costs, in MACs.
 
     Args:
@@ -51,34 +51,34 @@ class LayerShape:
         return self.macs(entered=lengths, queries=lengths, survived=lengths)
 
 
-def layer_shapes(model: nn.Module) -> list[LayerShape]:
-    """The `LayerShape` of each layer of a dense or token-pruned encoder.
+def layer_costs(model: nn.Module) -> list[LayerCost]:
+    """The `LayerCost` of each layer of a dense or token-pruned encoder.
 
     Raises:
         UnsupportedModelError: the model is of no supported family, or its attention has no projection of the queries.
     """
     family, encoder = find_encoder(model)
-    boundary = family.attention if family.cut_residual and not family.cut_after else family.cut
+    boundary = family.attention if family.exit_residual and not family.exit_after else family.exit
     shapes = []
     for layer in get_layers(family, encoder):
         beside = [part for path, part in layer.named_modules() if path in family.positional]
         total, inside = (_linear_macs(part, beside) for part in (layer, layer.get_submodule(boundary)))
-        before, after = (inside, total - inside) if family.cut_residual else (total - inside, inside)
-        shapes.append(LayerShape(before, after, 2 * _attention_width(layer.get_submodule(family.attention))))
+        before, after = (inside, total - inside) if family.exit_residual else (total - inside, inside)
+        shapes.append(LayerCost(before, after, 2 * _attention_width(layer.get_submodule(family.attention))))
     return shapes
 
 
-def dense_layer_shapes(model: nn.Module) -> list[LayerShape]:
-    """The `LayerShape` of each layer of the model before any weights were cut out of it."""
-    return layer_shapes(model if shape_map(model) is None else dense_skeleton(model))
+def dense_layer_costs(model: nn.Module) -> list[LayerCost]:
+    """The `LayerCost` of each layer of the model before any weights were cut out of it."""
+    return layer_costs(model if shape_map(model) is None else dense_skeleton(model))
 
 
 @dataclass(frozen=True)
-class BlockShape:
+class BlockCost:
     """What the two blocks of one layer cost, in MACs.
 
     Args:
-        attention: of the attention's Linears, per token, `(before, after)` as in `LayerShape`.
+        attention: of the attention's Linears, per token, `(before, after)` as in `LayerCost`.
         pairs: of attention itself, per query-key pair.
         ffn: of the FFN's Linears, per token that survives the layer.
     """
@@ -88,21 +88,21 @@ class BlockShape:
     ffn: int
 
     def scaled(self, hidden, heads, units):
-        """The `LayerShape` that is left with such shares of hidden units, heads and FFN units: floats or scalar tensors."""
+        """The `LayerCost` that is left with such shares of hidden units, heads and FFN units: floats or scalar tensors."""
         before, after = self.attention
         linear = hidden * heads
-        return LayerShape(linear * before, linear * after + hidden * units * self.ffn, heads * self.pairs)
+        return LayerCost(linear * before, linear * after + hidden * units * self.ffn, heads * self.pairs)
 
 
-def block_shapes(model: nn.Module) -> list[BlockShape]:
-    """The `BlockShape` of each layer."""
+def block_costs(model: nn.Module) -> list[BlockCost]:
+    """The `BlockCost` of each layer."""
     family, encoder = find_encoder(model)
     found = []
-    for shape, layer in zip(layer_shapes(model), get_layers(family, encoder), strict=True):
+    for shape, layer in zip(layer_costs(model), get_layers(family, encoder), strict=True):
         ffn = 0
         if has_ffn(family, layer):
             ffn = sum(_linear_macs(layer.get_submodule(path)) for path in (*family.units_in, family.units_out))
-        found.append(BlockShape((shape.before, shape.after - ffn), shape.attention, ffn))
+        found.append(BlockCost((shape.before, shape.after - ffn), shape.attention, ffn))
     return found
 
 
@@ -118,12 +118,12 @@ def trace_macs(model: nn.Module, trace: Sequence[LayerTrace] | None = None) -> l
         UnsupportedInputError: it has not run yet.
     """
     model = transformers_model(model)
-    return _trace_macs(model, layer_shapes(model), _trace_of(model) if trace is None else trace)
+    return _trace_macs(model, layer_costs(model), _trace_of(model) if trace is None else trace)
 
 
 def dense_macs(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     """MACs of each layer if the unmodified model, with all its weights, ran on sequences of these lengths without any padding."""
-    return [shape.whole(lengths) for shape in dense_layer_shapes(transformers_model(model))]
+    return [shape.whole(lengths) for shape in dense_layer_costs(transformers_model(model))]
 
 
 def padded_macs(model: nn.Module, batch_size: int, seq_len: int) -> list[int]:
@@ -184,7 +184,7 @@ class CostMeter:
     def __init__(self, model: nn.Module, max_length: int | None = None):
         self.model = model = transformers_model(model)
         self.max_length = max_length
-        self._dense_shapes = dense_layer_shapes(model)
+        self._dense_costs = dense_layer_costs(model)
         self._measured = None, None
         self._dense = self._padded = self._spent = self._sequences = 0
         self._entered, self._tokens = 0, []
@@ -205,8 +205,8 @@ class CostMeter:
                 "unmodified model would pad to."
             )
         padded = lengths if self.max_length is None else [self.max_length] * len(lengths)
-        self._dense += sum(shape.whole(lengths) for shape in self._dense_shapes)
-        self._padded += sum(shape.whole(padded) for shape in self._dense_shapes)
+        self._dense += sum(cost.whole(lengths) for cost in self._dense_costs)
+        self._padded += sum(shape.whole(padded) for shape in self._dense_costs)
         self._spent += sum(_trace_macs(self.model, self._shapes(), trace))
         self._sequences += len(lengths)
         self._entered += sum(lengths)
@@ -219,7 +219,7 @@ class CostMeter:
         """The layers' shapes now. Whoever cuts the model writes it another `config.token_pruning`."""
         settings = self.model.config.token_pruning
         if self._measured[0] is not settings:
-            self._measured = settings, layer_shapes(self.model)
+            self._measured = settings, layer_costs(self.model)
         return self._measured[1]
 
     @property
@@ -250,7 +250,7 @@ def _trace_of(model: Any) -> list[LayerTrace]:
     return pruner.trace
 
 
-def _trace_macs(model: Any, shapes: Sequence[LayerShape], trace: Sequence[LayerTrace]) -> list[int]:
+def _trace_macs(model: Any, shapes: Sequence[LayerCost], trace: Sequence[LayerTrace]) -> list[int]:
     return [
         shape.macs(entered=layer.entered, queries=layer.queries, survived=layer.survived)
         + model.token_pruner.macs(number, sum(layer.arrived))

@@ -179,7 +179,7 @@ class StructureGates:
                 width = head_size(family, layer)
                 keep(scorer.norms["context"].register_forward_hook(partial(self._norm, ("heads", number), width)))
             blocks = (
-                (has_attention, "attention", ("heads", family.context), family.attention, family.cut),
+                (has_attention, "attention", ("heads", family.context), family.attention, family.exit),
                 (has_ffn, "ffn", ("units", family.units_out), family.ffn, family.ffn),
             )
             for place, (has, block, (part, reader), whole, end) in enumerate(blocks):
@@ -191,7 +191,7 @@ class StructureGates:
                     keep(layer.get_submodule(reader).register_forward_pre_hook(hook))
                 if (block, number) not in self.layout.parts:
                     continue
-                if family.cut_residual:
+                if family.exit_residual:
                     keep(layer.get_submodule(end).register_forward_hook(partial(self._residual, (block, number))))
                 elif family.norms:
                     hook = partial(self._remember, (block, number))

@@ -21,7 +21,7 @@ PATTERNS = ((ALL, ALL), ([1, 0, 0, 1], ALL), (ALL, [0, 1, 1, 1]), ([0, 1, 0, 1],
 
 def model_of(name, head, learned=False):
     model = build(name, head)
-    sizes = {"hidden": 32, "width": tp.cost.layer_shapes(model)[1].attention // 2, "near": 2} if learned else {}
+    sizes = {"hidden": 32, "width": tp.cost.layer_costs(model)[1].attention // 2, "near": 2} if learned else {}
     return tp.attach(model, {layer: tp.RankBins(BINS, **sizes) for layer in (1, 2)})
 
 

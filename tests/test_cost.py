@@ -99,7 +99,7 @@ def test_hand_calculation():
 
 @pytest.mark.parametrize(("name", "after"), [("bert", 1024 + 3072), ("distilbert", 3072), ("modernbert", 3072 + 1536)])
 def test_survivors_cost_what_the_family_runs_on_them(name, after):
-    shape = cost.layer_shapes(build(name, "Model"))[0]
+    shape = cost.layer_costs(build(name, "Model"))[0]
     assert shape.after == after
     assert shape.before + shape.after == sum(p.numel() for p in matrices(name))
     assert shape.attention == 2 * 32
@@ -117,7 +117,7 @@ def test_layers_may_differ_in_heads_and_units():
         part.weight, part.bias, part.out_features = torch.nn.Parameter(part.weight[:8]), torch.nn.Parameter(part.bias[:8]), 8
     output = layer.attention.output.dense
     output.weight, output.in_features = torch.nn.Parameter(output.weight[:, :8]), 8
-    assert [shape.attention for shape in cost.layer_shapes(model)] == [64, 16, 64, 64]
+    assert [shape.attention for shape in cost.layer_costs(model)] == [64, 16, 64, 64]
     counted = counted_macs(tp.pack(model), make_inputs("bert", "Model"))
     assert cost.trace_macs(model) == counted
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_counted_says_why():
     with pytest.raises(tp.errors.UnsupportedModelError, match="pack"):
         cost.trace_macs(dense)
     with pytest.raises(tp.errors.UnsupportedModelError, match="Supported families"):
-        cost.layer_shapes(torch.nn.Sequential(dense.encoder))
+        cost.layer_costs(torch.nn.Sequential(dense.encoder))
     model = tp.pack(dense)
     meter = cost.CostMeter(model, max_length=10)
     with pytest.raises(tp.errors.UnsupportedInputError, match="not run"):
@@ -199,4 +199,4 @@ def test_attention_without_queries_is_refused():
     attention.lookup = attention.query
     del attention.query
     with pytest.raises(tp.errors.UnsupportedModelError, match="lookup"):
-        cost.layer_shapes(model)
+        cost.layer_costs(model)

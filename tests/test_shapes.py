@@ -258,9 +258,9 @@ def test_a_block_that_is_gone_has_no_weights_and_costs_nothing(name, norm):
         vectors = sum(p.numel() for p in layer.parameters() if p.dim() == 1)
         assert weights == expected[0]
         assert vectors == norm + 2 * H + (F + H if "attention" in what else 4 * H)
-        shape = tp.cost.layer_shapes(model)[1]
+        shape = tp.cost.layer_costs(model)[1]
         assert (shape.before + shape.after, shape.attention) == expected
-        block = tp.cost.block_shapes(model)[1]
+        block = tp.cost.block_costs(model)[1]
         assert (sum(block.attention), block.pairs, block.ffn) == (
             (0, 0, expected[0]) if "attention" in what else (4 * H * H, 2 * H, 0)
         )

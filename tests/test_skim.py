@@ -217,7 +217,7 @@ def test_macs_are_those_that_run_the_samplers_included(name, head):
     model, inputs = skimming(name, head, (0, 2, 3)), make_inputs(name, head)
     counted = counted_macs(model, inputs)
     assert tp.cost.trace_macs(model) == counted
-    trace, free = model.token_pruner.trace, tp.cost.layer_shapes(model)
+    trace, free = model.token_pruner.trace, tp.cost.layer_costs(model)
     for layer in range(DEPTH):
         entered = {"entered": trace[layer].entered, "queries": trace[layer].queries, "survived": trace[layer].survived}
         sampling = (32 * 6 + 2 * 6) * sum(trace[layer].arrived) if layer != 1 else 0

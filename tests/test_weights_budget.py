@@ -8,7 +8,7 @@ from weights_helpers import HEAD, INPUTS, PLAN, both, dense, layers_left, said, 
 
 import hf_tokenprune as tp
 from hf_tokenprune.budget import Lengths
-from hf_tokenprune.cost import CostMeter, layer_shapes
+from hf_tokenprune.cost import CostMeter, layer_costs
 from hf_tokenprune.gates import keep_probability, sample_hard_concrete
 from hf_tokenprune.methods.token_bins import TokenBins
 from hf_tokenprune.schedule import Moment
@@ -74,7 +74,7 @@ def test_information_counts_per_cost():
         model = operate(
             tp.pack(dense()), heads=[range(4), range(heads), range(4), range(4)], units=[range(48), range(units)] * 2
         )
-        return sum(shape.macs(entered=[101], queries=[101], survived=[101]) for shape in layer_shapes(model)[:2])
+        return sum(shape.macs(entered=[101], queries=[101], survived=[101]) for shape in layer_costs(model)[:2])
 
     ratio = (spends(4, 48) - spends(3, 48)) / (spends(4, 48) - spends(4, 47))
     layout = gates.parts[0].layout

@@ -16,7 +16,7 @@ import transformers
 from files import UNPRUNED, write_text
 from transformers import AutoConfig
 
-from hf_tokenprune.cost import dense_layer_shapes, layer_shapes
+from hf_tokenprune.cost import dense_layer_costs, layer_costs
 from hf_tokenprune.modeling.modeling_token_pruned import token_pruned_class
 from hf_tokenprune.results import BUSY
 
@@ -34,7 +34,17 @@ TITLES = {
 }
 
 MAIN = {"top": "ToP", "structured": "StructuredPruning", "structured+top": "Compose", "infor-coef": "InforCoef"}
-PRUNED = ("topk", "topk-trained", "top-paper", "top-attention", "top-alone", "top", "structured", "structured+top", "infor-coef")
+PRUNED = (
+    "topk",
+    "topk-trained",
+    "top-paper",
+    "top-attention",
+    "top-alone",
+    "top",
+    "structured",
+    "structured+top",
+    "infor-coef",
+)
 BOTH = ("structured+top", "infor-coef")  # these drop tokens and cut weights
 ORDER = (*UNPRUNED, *PRUNED)
 MEANS = (  # over tasks: at a method's first target that lies between two
@@ -82,7 +92,7 @@ def by_weights(run, folder):
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = token_pruned_class(getattr(transformers, config.architectures[0]))(config)
-    shapes, dense, tokens = layer_shapes(model), dense_layer_shapes(model), run["tokens"]
+    shapes, dense, tokens = layer_costs(model), dense_layer_costs(model), run["tokens"]
     # Texts differ in length: how many tokens a token sees on average, more than their mean, the dense model's MACs tell.
     linear, attention = (sum(values) for values in zip(*((s.before + s.after, s.attention) for s in dense), strict=True))
     seen = (run["macs"]["dense"] / tokens - linear) / attention

@@ -114,11 +114,11 @@ class BudgetedGates:
         for part, piece in zip(self.parts, scores, strict=True):
             part.expect(piece, outlook)
         if self.cost == "params":
-            return self.budget.parameters(outlook.shapes)
+            return self.budget.parameters(outlook.costs)
         kept = [outlook.kept.get(site, 1.0) for site in self.budget.sites]
         alive = [outlook.alive.get(site, 1.0) for site in self.budget.sites]
         kept = [1 - a * (1 - k) for a, k in zip(alive, kept, strict=True)]
-        return self.budget.share(kept, lengths or self.seen(), outlook.shapes)
+        return self.budget.share(kept, lengths or self.seen(), outlook.costs)
 
     def scores(self, probability):
         """Per part, the probabilities that things are kept."""

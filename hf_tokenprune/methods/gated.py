@@ -8,7 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..budget import Lengths
-from ..cost import layer_shapes
+from ..cost import layer_costs
 from ..errors import ConfigError, TrainingError
 from ..processes import total_of
 from ..schedule import Schedule
@@ -211,7 +211,7 @@ class GatedObjective(Objective):
     def reached(self, spent):
         if self.gates.cost == "macs":
             return super().reached(spent)
-        left = self.gates.budget.parameters(layer_shapes(self.model))
+        left = self.gates.budget.parameters(layer_costs(self.model))
         return {**super().reached(spent), "params_realised": left}
 
     STILL = 0.01  # of the way that gates may go, at which to say that they did not

@@ -233,7 +233,7 @@ class InforCoefObjective(StructuredObjective):
 
     def _meet_budget(self):
         """Move the offset towards the one at which this batch would spend the target at inference."""
-        cost = SamplingCost(self.model, self.gates.budget.dense_shapes, self.looks)
+        cost = SamplingCost(self.model, self.gates.budget.dense_costs, self.looks)
         if not (cost.margins > float("-inf")).all():  # the forward came out NaN, or overflowed
             return
         solved = cost.offset_for(self.target())
@@ -253,7 +253,7 @@ class InforCoefObjective(StructuredObjective):
         if not all(x.isfinite().all() for x in self.outputs.values() if isinstance(x, torch.Tensor)):
             return  # who has survived says nothing then
         lengths = self.pruner.trace[0].arrived
-        dense = sum(shape.whole(lengths) for shape in self.gates.budget.dense_shapes)
+        dense = sum(cost.whole(lengths) for cost in self.gates.budget.dense_costs)
         spent = sum(trace_macs(self.model)) / dense
         self.moves.append(-self._rate(self.HOLDS) * (spent - self.config.target_macs))
         self.spent = spent if self.spent is None else 0.8 * self.spent + 0.2 * spent

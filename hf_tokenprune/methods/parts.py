@@ -8,12 +8,12 @@ class Outlook:
 
     Attributes:
         kept: by site, the share of its droppable tokens that survive.
-        shapes: a `LayerShape` per layer, or None if weights are not gated.
+        costs: a `LayerCost` per layer, or None if weights are not gated.
         alive: by layer, how far its attention is there (1 = it is); a site without attention cannot rank and keeps all.
     """
 
     def __init__(self):
-        self.kept, self.shapes, self.alive = {}, None, {}
+        self.kept, self.costs, self.alive = {}, None, {}
 
 
 class Part:

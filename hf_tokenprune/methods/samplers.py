@@ -2,7 +2,7 @@
 
 import torch
 
-from ..cost import layer_shapes
+from ..cost import layer_costs
 from ..gates import sample_straight_through
 from ..modeling.ranking import most_important, relative_rank
 from ..modeling.selection import Skim
@@ -76,33 +76,33 @@ class SamplingCost:
 
     Args:
         model: the model.
-        dense_shapes: the `LayerShape`s of the dense model.
+        dense_costs: the `LayerCost`s of the dense model.
         looks: by layer, what its sampler saw of the batch: a `SoftSkim`, every token still there.
     """
 
     FARTHEST = 30.0  # log-odds; nobody's logits are that far apart
 
-    def __init__(self, model, dense_shapes, looks):
+    def __init__(self, model, dense_costs, looks):
         first = next(iter(looks.values()))
-        self.model, self.shapes = model, layer_shapes(model)
+        self.model, self.costs = model, layer_costs(model)
         # On the CPU at once: the bisection looks at single numbers.
         self.margins = torch.stack([looks[layer].margin for layer in sorted(looks)]).cpu()
         lengths = first.batch.lengths
         self.sequence, self.least = first.batch.sequence_ids.cpu(), torch.tensor(lengths).clamp(max=1)
-        self.dense = sum(shape.whole(lengths) for shape in dense_shapes)
+        self.dense = sum(cost.whole(lengths) for cost in dense_costs)
 
     def share(self, offset):
         """The share of the dense model's MACs on this batch that is spent with an offset."""
         alive = (self.margins + offset > 0).cumprod(0)
         spent, arrived, pruner = 0, self.margins.shape[1], self.model.token_pruner
-        for layer, shape in enumerate(self.shapes):
+        for layer, cost in enumerate(self.costs):
             counts = torch.bincount(self.sequence, weights=alive[layer].double(), minlength=len(self.least))
             counts = counts.maximum(self.least)
-            pooled = pruner.pooled_head and layer == len(self.shapes) - 1
+            pooled = pruner.pooled_head and layer == len(self.costs) - 1
             total = counts.sum().item()
             pairs = total if pooled and pruner.pooled_asks_alone else (counts * counts).sum().item()
             after = self.least.sum().item() if pooled else total
-            spent += shape.before * total + shape.after * after + shape.attention * pairs + pruner.macs(layer, arrived)
+            spent += cost.before * total + cost.after * after + cost.attention * pairs + pruner.macs(layer, arrived)
             arrived = total
         return spent / self.dense
 

@@ -7,7 +7,7 @@ import torch
 from transformers.utils import logging
 
 from ..budget import Budget
-from ..cost import block_shapes
+from ..cost import block_costs
 from ..errors import ConfigError
 from ..gates import log_alpha_for
 from ..modeling.architectures import find_encoder
@@ -124,7 +124,7 @@ class WeightGates(Part):
     def __init__(self, model, layout):
         self.pruner, self.layout = model.token_pruner, layout
         self.size = layout.size
-        self.blocks = block_shapes(model)
+        self.blocks = block_costs(model)
         self.pruner.structure = StructureGates(model, layout)
 
     def start(self):
@@ -133,12 +133,12 @@ class WeightGates(Part):
     def expect(self, scores, outlook):
         layout = self.layout
         hidden = layout.share(scores, "hidden")
-        outlook.shapes = []
+        outlook.costs = []
         for layer, block in enumerate(self.blocks):
             attention = layout.share(scores, ("attention", layer))
             heads = attention * layout.share(scores, ("heads", layer))
             units = layout.share(scores, ("ffn", layer)) * layout.share(scores, ("units", layer))
-            outlook.shapes.append(block.scaled(hidden, heads, units))
+            outlook.costs.append(block.scaled(hidden, heads, units))
             outlook.alive[layer] = attention
 
     def open(self, gates, alive):

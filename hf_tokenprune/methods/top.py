@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers.utils import logging
 
 from ..budget import Budget
-from ..cost import layer_shapes
+from ..cost import layer_costs
 from ..errors import ConfigError
 from ..modeling.modeling_token_pruned import attach, is_token_pruned
 from ..modeling.pruner import TokenPruner
@@ -206,7 +206,7 @@ class ToP(GatedMethod):
                         "for a learned importance only, which there is not here: it wants a teacher and no rank_weight",
                     )
             return {}
-        return {"hidden": probe.hidden_size, "width": layer_shapes(model)[site].attention // 2, "near": self._near(model)}
+        return {"hidden": probe.hidden_size, "width": layer_costs(model)[site].attention // 2, "near": self._near(model)}
 
     def _near(self, model):
         if self.neighbours is not None:

@@ -24,11 +24,11 @@ class Family:
         encoder: class name of the base model.
         layers: path from the base model to its list of layers, or a function that lists them in the order in which they are called.
         attention: path from a layer to the module that calls the attention function.
-        cut: path from a layer to the module before which tokens leave the layer. It either takes `(context, residual)` and
-            everything after it runs on the survivors (`cut_residual`), or is the FFN, called on one tensor whose result is
+        exit: path from a layer to the module before which tokens leave the layer. It either takes `(context, residual)` and
+            everything after it runs on the survivors (`exit_residual`), or is the FFN, called on one tensor whose result is
             added to a residual: then only the FFN runs on the survivors, and the others leave at the end of the layer.
-        cut_residual: which of the two `cut` is.
-        cut_after: tokens leave after `cut` instead, whose result is all that the rest of the layer reads.
+        exit_residual: which of the two `exit` is.
+        exit_after: tokens leave after `exit` instead, whose result is all that the rest of the layer reads.
         probabilities: path from a layer to the dropout that is called on the attention's probabilities, where the attention does
             not go through the attention interface. It then runs on padded sequences, see `padded.py`.
         positional: paths from a layer to Linears that read relative positions rather than tokens.
@@ -42,8 +42,8 @@ class Family:
         context: path from a layer to the Linear that reads the context of all heads.
         units_in: paths from a layer to the Linears that make the FFN's units; a gated FFN makes two of each, by one Linear or two.
         units_out: path from a layer to the Linear that reads the FFN's units.
-        ffn: path from a layer to the module whose result is the FFN block's: as `cut`, `(units, residual)` or one tensor.
-        norms: paths to the norms after the two blocks where they are neither in `cut` and `ffn` nor before the block.
+        ffn: path from a layer to the module whose result is the FFN block's: as `exit`, `(units, residual)` or one tensor.
+        norms: paths to the norms after the two blocks where they are neither in `exit` and `ffn` nor before the block.
         hidden: may single hidden units be cut out of this family?
         uncut: why no weights at all can be; empty if they can. The paths above that only cutting needs are then of no use.
     """
@@ -51,9 +51,9 @@ class Family:
     encoder: str
     layers: str | Callable = "encoder.layer"
     attention: str = "attention.self"
-    cut: str = "attention.output"
-    cut_residual: bool = True
-    cut_after: bool = False
+    exit: str = "attention.output"
+    exit_residual: bool = True
+    exit_after: bool = False
     probabilities: str = ""
     positional: tuple[str, ...] = ()
     summary_tokens: int = 1
@@ -85,8 +85,8 @@ def albert_layers(encoder):
 VIT = {
     "layers": "layers",
     "attention": "attention",
-    "cut": "mlp",
-    "cut_residual": False,
+    "exit": "mlp",
+    "exit_residual": False,
     "pooled_heads": ("ForImageClassification",),
     "needs": (),
     "projections": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
@@ -99,8 +99,8 @@ VIT = {
 ROTARY = {
     "layers": "layers",
     "attention": "self_attn",
-    "cut": "mlp",
-    "cut_residual": False,
+    "exit": "mlp",
+    "exit_residual": False,
     "needs": (),
     "projections": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "context": "self_attn.o_proj",
@@ -128,8 +128,8 @@ FAMILIES = {
         "AlbertModel",
         layers=albert_layers,
         attention="attention",
-        cut="attention",
-        cut_after=True,
+        exit="attention",
+        exit_after=True,
         uncut="its layers share one set of weights",
     ),
     "mpnet": Family(
@@ -137,8 +137,8 @@ FAMILIES = {
         attention="attention.attn",
         probabilities="attention.attn.dropout",
         own_mask=True,
-        cut="attention",
-        cut_after=True,
+        exit="attention",
+        exit_after=True,
         uncut="its attention insists on the number of heads it was made with",
     ),
     "deberta-v2": Family(
@@ -153,8 +153,8 @@ FAMILIES = {
         "DistilBertModel",
         layers="transformer.layer",
         attention="attention",
-        cut="ffn",
-        cut_residual=False,
+        exit="ffn",
+        exit_residual=False,
         needs=(("chunk_size_feed_forward", (0,)),),
         projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         context="attention.out_lin",
@@ -167,8 +167,8 @@ FAMILIES = {
         "ModernBertModel",
         layers="layers",
         attention="attn",
-        cut="mlp",
-        cut_residual=False,
+        exit="mlp",
+        exit_residual=False,
         needs=(),
         projections=("attn.Wqkv",),
         context="attn.Wo",

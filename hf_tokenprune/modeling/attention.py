@@ -1,7 +1,7 @@
 """Attention over a packed batch, and the importance of its tokens.
 
 transformers hands `attention_mask` through to the registered attention function untouched, so a layer call puts itself
-there (see `modeling_token_pruned.LayerCall`): no state has to be found anywhere else, in a re-computed layer of gradient
+there (see `calls.LayerCall`): no state has to be found anywhere else, in a re-computed layer of gradient
 checkpointing as little as in another thread.
 """
 

@@ -86,9 +86,9 @@ def _cut_heads(family, layer, chosen, select):
     context, width = layer.get_submodule(family.context), head_size(family, layer)
     count = context.in_features // width
     if not len(chosen):
-        layer.set_submodule(family.attention, NoAttention(empty=family.cut_residual))
-        if family.cut_residual:
-            layer.set_submodule(family.cut, Residual())
+        layer.set_submodule(family.attention, NoAttention(empty=family.exit_residual))
+        if family.exit_residual:
+            layer.set_submodule(family.exit, Residual())
         elif family.norms:
             layer.set_submodule(family.norms[0], nn.Identity())
         return
@@ -102,7 +102,7 @@ def _cut_heads(family, layer, chosen, select):
 def _cut_units(family, layer, chosen, select):
     reader = layer.get_submodule(family.units_out)
     if not len(chosen):
-        if family.cut_residual:
+        if family.exit_residual:
             layer.set_submodule(family.units_in[0].rpartition(".")[0], NoUnits())
             layer.set_submodule(family.ffn, Residual())
         else:

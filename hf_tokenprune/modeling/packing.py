@@ -21,7 +21,7 @@ import torch
 from .errors import UnsupportedInputError
 from .kernels import has_kernels, kept_rows
 
-CELLS = 2**24
+CELLS = 2**24  # pairs of tokens in one padded call of attention at most, so that its memory does not grow with the batch
 
 
 def sent(numbers, device, dtype=torch.int64):

@@ -1,6 +1,6 @@
 """The hooks that pack an encoder's input, drop tokens at its sites, and unpack its output.
 
-What one forward has to remember is in `calls`. The hooks before and after each layer, and around the layer's `cut` module (see
+What one forward has to remember is in `calls`. The hooks before and after each layer, and around the layer's `exit` module (see
 `architectures.Family`), carry out what its `LayerCall` decided.
 """
 
@@ -48,8 +48,8 @@ class TokenPruner(nn.Module):
         objective: called instead of the model's forward in training mode, as `objective(model, forward, args, kwargs)`.
         meter: called with the pruner after each forward.
         evaluation: what was measured of the model with its present weights, for its model card; or None.
-        structure: gates on weights, which go when the weights themselves are cut; has `remove()`, and `say(layer)`: how much each
-            head of a layer counts in importance, or None.
+        structure: while weights are gated, the package's `StructureGates`, of which this asks `say(layer)`: how much each head of a
+            layer counts in importance.
         trace: a `LayerTrace` per layer of the latest forward.
         guarded: how many tokens of each sequence of the latest forward in training are protected, where the user protects some.
     """
@@ -182,13 +182,13 @@ class TokenPruner(nn.Module):
             keep(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
             # Before any hook of transformers that records hidden states, so that these are of the tokens that stay.
             keep(layer.register_forward_hook(self._after_layer, prepend=True))
-            cut = layer.get_submodule(self.family.cut)
-            if self.family.cut_after:
-                keep(cut.register_forward_hook(self._leave))
+            leaves = layer.get_submodule(self.family.exit)
+            if self.family.exit_after:
+                keep(leaves.register_forward_hook(self._leave))
                 continue
-            keep(cut.register_forward_pre_hook(self._before_cut))
-            if not self.family.cut_residual:
-                keep(cut.register_forward_hook(self._after_cut))
+            keep(leaves.register_forward_pre_hook(self._before_exit))
+            if not self.family.exit_residual:
+                keep(leaves.register_forward_hook(self._after_exit))
 
     def _watch_spans(self, model):
         """Hook the head that looks for spans, if the present one is not hooked: PEFT puts another there when it merges."""
@@ -368,7 +368,7 @@ class TokenPruner(nn.Module):
         return chosen, states.index_select(1, rows)
 
     @torch.compiler.disable
-    def _before_cut(self, module, args):
+    def _before_exit(self, module, args):
         call = active.call
         return None if call.rows is None else tuple(call.stay(tensor) for tensor in args)
 
@@ -377,7 +377,7 @@ class TokenPruner(nn.Module):
         return (active.call.stay(output[0]), *output[1:])
 
     @torch.compiler.disable
-    def _after_cut(self, module, args, output):
+    def _after_exit(self, module, args, output):
         call = active.call
         if call.rows is None:
             return None
@@ -388,7 +388,7 @@ class TokenPruner(nn.Module):
         forward = active.forward
         call = forward.calls[-1]
         states = output[0] if isinstance(output, tuple) else output
-        if not self.family.cut_residual:
+        if not self.family.exit_residual:
             states = call.stay(states)
         if not forward.pooled_only:
             if call.survivors.weights is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cost import Cost, CostMeter, dense_layer_shapes, trace_macs
+from ..cost import Cost, CostMeter, dense_layer_costs, trace_macs
 from ..depth import Grid, Token, legend
 from ..modeling.architectures import transformers_model
 from ..modeling.modeling_token_pruned import pack
@@ -156,13 +156,13 @@ def report(
 
     meter, seen = CostMeter(model, source.max_length), []
     spent, dense_spent = _Sums(), _Sums()
-    dense_shapes = dense_layer_shapes(model)
+    dense_costs = dense_layer_costs(model)
     for depths, some in source.depths():
         last_reads_pooled = depths.last_reads_pooled
         meter.update()
         seen += some
         spent.add(trace_macs(model))
-        dense_spent.add(_packed_macs(dense_shapes, model.token_pruner))
+        dense_spent.add(_packed_macs(dense_costs, model.token_pruner))
 
     models = {name: made for name, made in contenders(model).items() if name in ("packed_dense", "pruned")}
     ours, dense = list(models)[-1], "packed_dense"
