@@ -94,7 +94,7 @@ def inference(shape, head, by, tokenizer, texts, padded_over_real, args):
     model = HEADS[head](BertConfig(**SHAPES[shape], num_labels=7)).eval()
     tp.attach(model, {layer: selector(share, by, model.config.hidden_size) for layer, share in KEEPS[shape].items()})
     result = bench(model, texts, tokenizer=tokenizer, batch_sizes=(1, 32), max_length=args.max_length, repeats=args.repeats)
-    one, many = result["results"]
+    one, many = result["results"][0], result["results"][-1]
     ms, macs = many["ms"], many["macs"]
     return {
         "shape": shape,
@@ -118,7 +118,7 @@ def cutting(shape, tokenizer, texts, args):
     left, layers = CUTS[shape], model.config.num_hidden_layers
     operate(model, hidden=range(left["hidden"]), heads=[range(left["heads"])] * layers, units=[range(left["units"])] * layers)
     result = bench(model, texts, tokenizer=tokenizer, batch_sizes=(1, 32), max_length=args.max_length, repeats=args.repeats)
-    one, many = result["results"]
+    one, many = result["results"][0], result["results"][-1]
     saved = many["macs"]["packed_dense"] / many["macs"]["pruned"]
     return {
         "shape": shape,

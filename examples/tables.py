@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+from hf_tokenprune.results import told_busy
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,20 +28,21 @@ def machine(benches):
     dtype, texts = each(lambda bench: bench["dtype"]), each(lambda bench: str(bench["texts"]))
     load = " to ".join(dict.fromkeys(f"{end([bench['load_average'] for bench in benches]):.1f}" for end in (min, max)))
     versions = each(lambda bench: ", ".join(f"{name} {version}" for name, version in bench["versions"].items()))
-    return f"{where}, {threads}, {dtype}, {texts} texts, load {load}; {versions}."
+    busy = told_busy(max(bench["load_average"] or 0 for bench in benches))
+    return f"{where}, {threads}, {dtype}, {texts} texts, load {load}; {versions}.{' ' * bool(busy)}{busy}"
 
 
 def demo_rows(report):
     """Cells of the table that `examples/demo.py` prints; each column is of one way to run."""
-    one, many = report["bench"]["results"]
-    macs, accuracy = many["macs"], report["accuracy"]
+    results = report["bench"]["results"]
+    macs, accuracy, size = results[-1]["macs"], report["accuracy"], results[-1]["batch_size"]
     names = ("hf_padded", "hf_sorted", "packed_dense", "pruned")
     rows = [["", "dense, as transformers runs it", "the same on sorted texts", "dense, packed", "pruned"]]
     rows.append(["accuracy, %", *(f"{100 * accuracy[key]:.2f}" for key in ("dense", "dense", "dense", "pruned"))])
-    rows.append(["MACs per text, batch 32, millions", *(f"{macs[name] / 1e6:.0f}" for name in names)])
+    rows.append([f"MACs per text, batch {size}, millions", *(f"{macs[name] / 1e6:.0f}" for name in names)])
     rows.append(["reduction, true length", *(f"{macs['dense'] / macs[name]:.2f} x" for name in names)])
     rows.append(["reduction, padded", *(f"{macs['dense_padded'] / macs[name]:.2f} x" for name in names)])
-    for size, ms in ((1, one["ms"]), (32, many["ms"])):
+    for size, ms in ((entry["batch_size"], entry["ms"]) for entry in results):
         rows.append([f"ms per text, batch {size}", *(f"{ms[name]:.2f}" for name in names)])
         rows.append([f"speed-up, batch {size}", *(f"{ms['hf_padded'] / ms[name]:.2f} x" for name in names)])
     return rows

@@ -88,7 +88,7 @@ def run(lengths, way, args):
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, per_device_train_batch_size=args.batch_size, max_steps=steps, logging_steps=10, save_strategy="no",
-            report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(), bf16=args.bf16,
+            report_to=[], disable_tqdm=True, use_cpu=torch.cuda.device_count() < int(os.environ.get("WORLD_SIZE", 1)), bf16=args.bf16,
             dataloader_pin_memory=False, ddp_find_unused_parameters=False,
         )  # fmt: skip
         trainer = Trainer(

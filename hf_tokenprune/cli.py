@@ -124,7 +124,8 @@ def _add_bench(commands):
     add("folder", metavar="FOLDER", help="a saved model (token-pruned or plain transformers) with its tokenizer")
     _add_texts(add)
     add("--limit", metavar="N", type=_count, default=256, help="use the first N texts (default: %(default)s)")
-    add("--batch-sizes", metavar="N", type=_count, nargs="+", default=[1, 32], help="texts per batch (default: 1 32)")
+    sizes = "texts per batch, at most as many as there are (default: 1 32)"
+    add("--batch-sizes", metavar="N", type=_count, nargs="+", default=[1, 32], help=sizes)
     add("--threads", metavar="N", type=_count, help="CPU threads (default: what torch uses)")
     add("--repeats", metavar="N", type=_count, default=5, help="measurements of each batch (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="number format (default: that of the saved weights)")

@@ -59,13 +59,13 @@ def layer_costs(model: nn.Module) -> list[LayerCost]:
     """
     family, encoder = find_encoder(model)
     boundary = family.attention if family.exit_residual and not family.exit_after else family.exit
-    shapes = []
+    costs = []
     for layer in get_layers(family, encoder):
         beside = [part for path, part in layer.named_modules() if path in family.positional]
         total, inside = (_linear_macs(part, beside) for part in (layer, layer.get_submodule(boundary)))
         before, after = (inside, total - inside) if family.exit_residual else (total - inside, inside)
-        shapes.append(LayerCost(before, after, 2 * _attention_width(layer.get_submodule(family.attention))))
-    return shapes
+        costs.append(LayerCost(before, after, 2 * _attention_width(layer.get_submodule(family.attention))))
+    return costs
 
 
 def dense_layer_costs(model: nn.Module) -> list[LayerCost]:
@@ -98,11 +98,11 @@ def block_costs(model: nn.Module) -> list[BlockCost]:
     """The `BlockCost` of each layer."""
     family, encoder = find_encoder(model)
     found = []
-    for shape, layer in zip(layer_costs(model), get_layers(family, encoder), strict=True):
+    for cost, layer in zip(layer_costs(model), get_layers(family, encoder), strict=True):
         ffn = 0
         if has_ffn(family, layer):
             ffn = sum(_linear_macs(layer.get_submodule(path)) for path in (*family.units_in, family.units_out))
-        found.append(BlockCost((shape.before, shape.after - ffn), shape.attention, ffn))
+        found.append(BlockCost((cost.before, cost.after - ffn), cost.attention, ffn))
     return found
 
 
@@ -123,7 +123,7 @@ def trace_macs(model: nn.Module, trace: Sequence[LayerTrace] | None = None) -> l
 
 def dense_macs(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     """MACs of each layer if the unmodified model, with all its weights, ran on sequences of these lengths without any padding."""
-    return [shape.whole(lengths) for shape in dense_layer_costs(transformers_model(model))]
+    return [cost.whole(lengths) for cost in dense_layer_costs(transformers_model(model))]
 
 
 def padded_macs(model: nn.Module, batch_size: int, seq_len: int) -> list[int]:
@@ -206,8 +206,8 @@ class CostMeter:
             )
         padded = lengths if self.max_length is None else [self.max_length] * len(lengths)
         self._dense += sum(cost.whole(lengths) for cost in self._dense_costs)
-        self._padded += sum(shape.whole(padded) for shape in self._dense_costs)
-        self._spent += sum(_trace_macs(self.model, self._shapes(), trace))
+        self._padded += sum(cost.whole(padded) for cost in self._dense_costs)
+        self._spent += sum(_trace_macs(self.model, self._costs(), trace))
         self._sequences += len(lengths)
         self._entered += sum(lengths)
         if len(self._tokens) != len(trace):  # layers were removed in between: tokens per layer are those of the layers left
@@ -215,8 +215,8 @@ class CostMeter:
         self._counted += len(lengths)
         self._tokens = [tokens + sum(layer.survived) for tokens, layer in zip(self._tokens, trace, strict=True)]
 
-    def _shapes(self):
-        """The layers' shapes now. Whoever cuts the model writes it another `config.token_pruning`."""
+    def _costs(self):
+        """The layers' costs now. Whoever cuts the model writes it another `config.token_pruning`."""
         settings = self.model.config.token_pruning
         if self._measured[0] is not settings:
             self._measured = settings, layer_costs(self.model)
@@ -250,11 +250,11 @@ def _trace_of(model: Any) -> list[LayerTrace]:
     return pruner.trace
 
 
-def _trace_macs(model: Any, shapes: Sequence[LayerCost], trace: Sequence[LayerTrace]) -> list[int]:
+def _trace_macs(model: Any, costs: Sequence[LayerCost], trace: Sequence[LayerTrace]) -> list[int]:
     return [
-        shape.macs(entered=layer.entered, queries=layer.queries, survived=layer.survived)
+        cost.macs(entered=layer.entered, queries=layer.queries, survived=layer.survived)
         + model.token_pruner.macs(number, sum(layer.arrived))
-        for number, (shape, layer) in enumerate(zip(shapes, trace, strict=True))
+        for number, (cost, layer) in enumerate(zip(costs, trace, strict=True))
     ]
 
 

@@ -116,6 +116,7 @@ def write_card(
     plot: bool = False,
     repo_id: str | None = None,
     license: str | None = None,
+    weights: str | os.PathLike | None = None,
 ) -> bool:
     """Write the card of a saved token-pruned model to its README.md, or bring up to date the section that is there.
 
@@ -127,6 +128,7 @@ def write_card(
         plot: draw `tokens_per_layer.png`, if matplotlib is installed.
         repo_id: where it is to be found on the Hub.
         license: of the weights, as the Hub names it.
+        weights: where the weights and their config are, if they are still to be put into the folder.
 
     Returns:
         False if a person wrote README.md: it stays as it is.
@@ -139,8 +141,8 @@ def write_card(
     existing = file.read_text(encoding="utf-8") if file.exists() else None
     picture, has_plot = (draw(evaluation) if plot and evaluation else None), False
     if evaluation:
-        evaluation = of_weights(evaluation, folder)
-    elif evaluation := known_results(existing, folder):
+        evaluation = of_weights(evaluation, weights or folder)
+    elif evaluation := known_results(existing, weights or folder):
         has_plot = f"({PLOT})" in existing
     card = make_card(
         read_folder(folder), code_of(folder), evaluation, name=name_of(repo_id or folder), repo_id=repo_id,
@@ -174,7 +176,7 @@ def _number(folder):
     return number_of(folder, json.dumps(read_folder(folder)["token_pruning"], sort_keys=True))
 
 
-def describe(model, folder, repo_id=None, append=False, plot=False):
+def describe(model, folder, repo_id=None, append=False, plot=False, weights=None):
     """Write the card of a model that was just saved to a folder. That the model is saved matters more: a card that cannot be
     written is a warning. A model of sentence-transformers writes its card last, unless there is one where it will be uploaded to."""
     if (Path(folder) / "config_sentence_transformers.json").exists() and not (Path(folder) / FILE).exists():
@@ -182,7 +184,7 @@ def describe(model, folder, repo_id=None, append=False, plot=False):
     try:
         evaluation = model.token_pruner.evaluation
         base = base_of(getattr(model.config, "name_or_path", None))
-        return write_card(folder, evaluation, base_model=base, append=append, plot=plot, repo_id=repo_id)
+        return write_card(folder, evaluation, base_model=base, append=append, plot=plot, repo_id=repo_id, weights=weights)
     except Exception as error:  # whatever a README.md may hold
         logger.warning(f"The model is saved in {folder}, but no model card was written: {type(error).__name__}: {error}")
         return False
@@ -208,7 +210,10 @@ def _is_completed(text):
 
 def _is_pefts(text):
     """Is it the Hub's template as PEFT writes it beside an adapter, of which nobody has filled in anything?"""
-    body, *versions = ModelCard(text, ignore_metadata_errors=True).text.split("### Framework versions")
+    text = re.sub(
+        r"\A\s*---\r?\n.*?\n---[ \t]*\r?\n", "", text, count=1, flags=re.S
+    )  # of a person's the metadata may be no YAML
+    body, *versions = text.split("### Framework versions")
     return len(versions) == 1 and body.strip() == _template()
 
 

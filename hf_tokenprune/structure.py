@@ -172,7 +172,8 @@ class StructureGates:
         for number, layer in enumerate(layers):
             site = self.pruner.site(number)
             if isinstance(site, Skim):
-                keep(site.net[0].register_forward_hook(partial(self._norm, "hidden", 1)))
+                # Samplers only look on: what they learn is none of the gates' business.
+                keep(site.net[0].register_forward_hook(partial(self._norm, "hidden", 1, learns=False)))
             scorer = getattr(site, "scorer", None)
             if scorer is not None:
                 keep(scorer.norms["entered"].register_forward_hook(partial(self._norm, "hidden", 1)))
@@ -208,9 +209,12 @@ class StructureGates:
     # The hooks. Each leaves things as they are while its gates are not in force.
 
     @torch.compiler.disable
-    def _norm(self, name, width, norm, args, output):
+    def _norm(self, name, width, norm, args, output, *, learns=True):
         gates = self._gate(name, torch.empty(0))
-        return None if gates is None else gated_layer_norm(args[0], norm, gates.repeat_interleave(width)).to(output.dtype)
+        if gates is None:
+            return None
+        gates = gates if learns else gates.detach()
+        return gated_layer_norm(args[0], norm, gates.repeat_interleave(width)).to(output.dtype)
 
     @torch.compiler.disable
     def _linear(self, linear, args, output):

@@ -9,6 +9,7 @@ import functools
 from pathlib import Path
 
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .model_card import FILE
@@ -44,11 +45,13 @@ def _create(trainer, create, *args, **kwargs):
         )
 
 
-def complete(model, folder):
-    """Put beside weights that are uploaded during training what the Trainer does not copy there: the code and the card."""
+def complete(model, folder, step):
+    """Put beside the weights of a step's checkpoint, which are uploaded during training, what the Trainer does not copy there: the
+    code and the card."""
     folder = Path(folder)
+    saved = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     folder.mkdir(parents=True, exist_ok=True)
     with as_published(model):
         custom_object_save(model, folder, config=model.config)
         model.config.save_pretrained(folder)
-    describe(model, folder)
+    describe(model, folder, weights=saved if saved.is_dir() else None)

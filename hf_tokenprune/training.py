@@ -269,7 +269,7 @@ class TokenPruneCallback(TrainerCallback):
                     self.unpruned.update(logs)
                 history, metric = state.log_history, args.metric_for_best_model
                 if evaluated.startswith("eval_"):
-                    history, evaluated = _evaluation_that_counts(history, state.global_step, metric)
+                    history, evaluated = _evaluation_that_counts(history, state.global_step, metric) or (history, evaluated)
                 self._note_evaluation(args, history, evaluated)
 
     def on_evaluate(self, args, state, control, lr_scheduler=None, **kwargs):
@@ -301,7 +301,7 @@ class TokenPruneCallback(TrainerCallback):
 
     def on_push_begin(self, args, state, control, **kwargs):
         if self.model is not None and state.is_world_process_zero and _adapters(self.model) is None:
-            complete(self.inner, args.output_dir)
+            complete(self.inner, args.output_dir, state.global_step)
 
     def _steps_of_phases(self, steps):
         """How many steps phases are shared out over: of a resumed run that has another number now, the one it began with."""

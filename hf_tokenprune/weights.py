@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+MODULES = "[0-9]*_*/*.safetensors"  # of sentence-transformers, such as 2_Dense/model.safetensors
+
 
 def number_of(folder, settings=""):
     """A number that tells the weights in a folder from any others, whatever files they are in; None if none can be read.
@@ -17,16 +19,17 @@ def number_of(folder, settings=""):
         folder: where the safetensors files are.
         settings: words that count, too.
     """
-    digest = hashlib.sha256(settings.encode())
+    digest, where = hashlib.sha256(settings.encode()), {}
     with contextlib.ExitStack() as files:
-        try:
-            found = [files.enter_context(safe_open(file, "pt")) for file in Path(folder).glob("*.safetensors")]
-        except SafetensorError:
-            return None
-        where = {name: tensors for tensors in found for name in tensors.keys()}  # noqa: SIM118
-        for name in sorted(where):
+        for file in (*Path(folder).glob("*.safetensors"), *Path(folder).glob(MODULES)):
+            try:
+                tensors = files.enter_context(safe_open(file, "pt"))
+            except SafetensorError:
+                return None
+            where.update({(file.parent.name * (file.parent != Path(folder)), name): tensors for name in tensors.keys()})  # noqa: SIM118
+        for place, name in sorted(where):
             if ".training_state." not in name:
-                tensor = where[name].get_tensor(name)
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                tensor = where[place, name].get_tensor(name)
+                digest.update(f"{place} {name} {tensor.dtype} {list(tensor.shape)}".encode())
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return int.from_bytes(digest.digest()[:7], "big") if where else None

@@ -79,3 +79,8 @@ def test_a_trainers_card_becomes_a_persons_only_by_an_edit(tmp_path):
         assert change[1] in card.read_text()
         assert not is_changed(card.read_text())
         card.write_text(before)
+
+
+def test_a_persons_metadata_may_be_no_yaml(tmp_path):
+    (tmp_path / "README.md").write_text("---\ntitle: My model: v2\n---\n# Mine\n")
+    assert is_persons(tmp_path / "README.md")

@@ -52,8 +52,10 @@ def listen(event, args):
 
 sys.addaudithook(listen)
 ids, mask = torch.tensor([[3, 9, 7, 6, 5, 8]]), torch.ones(1, 6, dtype=torch.long)
-here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (here + 2**30, here + 2**30))
+if os.path.exists("/proc/self/statm"):  # not on macOS, which limits no address space either
+    here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (here + 2**30, here + 2**30))
+PEAK = 1024 if sys.platform == "linux" else 1024**2  # units of ru_maxrss in a megabyte
 
 def attempt(load, folder):
     global heard
@@ -68,7 +70,7 @@ def attempt(load, folder):
     except BaseException as error:
         report = {"error": [kind.__name__ for kind in type(error).__mro__], "message": str(error), "trace": traceback.format_exc()}
     signal.alarm(0)
-    report.update(heard, megabytes=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    report.update(heard, megabytes=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / PEAK)
     heard = None
     return report
 

@@ -33,8 +33,19 @@ def measured(**other):
     macs = {"dense": 6e6, "dense_padded": 12e6, "hf_padded": 9e6, "hf_sorted": 8e6, "packed_dense": 5e6, "pruned": 2e6}
     return {
         "cpu": "A", "gpu": None, "threads": 2, "dtype": "float32", "texts": 64, "load_average": 1.0, "versions": {"torch": "2"},
-        "results": [{"ms": {**MS, "hf_sorted": 12.0}, "macs": macs}, {"ms": MS, "macs": macs}], **other,
+        "results": [
+            {"batch_size": 1, "ms": {**MS, "hf_sorted": 12.0}, "macs": macs}, {"batch_size": 32, "ms": MS, "macs": macs}
+        ], **other,
     }  # fmt: skip
+
+
+def test_the_demo_may_time_few_texts(tables):
+    """Then there is no batch of 32, or of more than one."""
+    report = {"accuracy": {"dense": 0.8, "pruned": 0.8}, "bench": measured()}
+    report["bench"]["results"][1]["batch_size"] = 16
+    assert "ms per text, batch 16" in [row[0] for row in tables.demo_rows(report)]
+    del report["bench"]["results"][1]
+    assert len(tables.demo_rows(report)) == 7
 
 
 def test_a_table_of_times_says_where_they_were_measured(tables):
@@ -81,6 +92,12 @@ def test_a_column_of_the_demo_is_of_one_way_to_run(tables):
         ["speed-up, batch 32", "1.00 x", "1.33 x", "2.00 x", "4.00 x"],
     ]
     assert "A, 2 threads, float32, 64 texts" in tables.demo(report).splitlines()[-1]
+
+
+@pytest.mark.skipif(not (ROOT / "model_cards").exists(), reason="needs the checkout")
+def test_every_card_is_of_a_result():
+    results = {file.stem for file in (ROOT / "results" / "benchmark").glob("*.json")}
+    assert {folder.name for folder in (ROOT / "model_cards").iterdir() if folder.is_dir()} <= results
 
 
 @pytest.fixture

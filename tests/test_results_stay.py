@@ -8,12 +8,14 @@ import torch
 from families import build
 from hub_server import run_as_writer, running_hub
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from training_helpers import top, trainer_for
 
 import hf_tokenprune as tp
 from hf_tokenprune.model_card import DATA, PLOT
 from hf_tokenprune.publish import push
 from hf_tokenprune.readme import write_card
+from hf_tokenprune.trainer_card import complete
 from hf_tokenprune.weights import number_of
 
 
@@ -112,3 +114,32 @@ def test_the_number_of_weights_is_of_what_they_say(tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     assert number_of(tmp_path / "half") != number_of(tmp_path / "one")
     assert number_of(tmp_path) is None
+
+
+def test_the_card_of_a_push_in_mid_training_is_of_the_weights_that_are_pushed(measured, tmp_path):
+    """The Trainer copies them from the checkpoint after it has said that it will push."""
+    folder, model = tmp_path / "out", tp.from_pretrained(measured)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    model.token_pruner.evaluation = {"metric": "accuracy", "score": 0.625}
+    model.save_pretrained(folder / "checkpoint-6")
+    complete(model, folder, 6)
+    shutil.copy(folder / "checkpoint-6" / "model.safetensors", folder)
+    tp.from_pretrained(folder).save_pretrained(folder)
+    assert has_results(card_of(folder))
+
+
+def test_weights_of_modules_beside_the_model_count(tmp_path):
+    """Those of sentence-transformers; not those of other checkpoints."""
+    tensor = {"linear.weight": torch.ones(2, 2)}
+    save_file(tensor, tmp_path / "model.safetensors")
+    alone = number_of(tmp_path)
+    for name in ("2_Dense", "checkpoint-5"):
+        (tmp_path / name).mkdir()
+    save_file(tensor, tmp_path / "checkpoint-5" / "model.safetensors")
+    assert number_of(tmp_path) == alone
+    save_file(tensor, tmp_path / "2_Dense" / "model.safetensors")
+    both = number_of(tmp_path)
+    save_file({"linear.weight": torch.zeros(2, 2)}, tmp_path / "2_Dense" / "model.safetensors")
+    assert len({alone, both, number_of(tmp_path)}) == 3

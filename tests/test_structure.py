@@ -199,6 +199,15 @@ def test_samplers_judge_by_what_is_left(name):
         torch.testing.assert_close(after, before, rtol=0, atol=2e-4)
 
 
+def test_gates_learn_nothing_from_samplers_that_look_on():
+    model = tp.attach(build("bert", class_head("bert")), {1: Skim(32, 6)})
+    gates = put_gates(model, "bert")
+    gates.soft = torch.full((gates.layout.size,), 0.5, requires_grad=True)
+    logits = model.train().token_pruner.site(1).logits(torch.randn(4, 32, requires_grad=True))
+    assert logits.requires_grad
+    assert torch.autograd.grad(logits.sum(), gates.soft, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize(("name", "head"), SOME)
 def test_soft_gates_are_in_force_in_training_only_and_agree_with_hard_ones(name, head):
     model, inputs = uneven(name, head), make_inputs(name, head)

@@ -334,6 +334,12 @@ def test_gates_that_hardly_move_are_told(tmp_path, caplog, absolute):
     assert ("hardly moved" in caplog.text) == absolute
 
 
+def test_gates_of_a_run_that_has_no_time_to_move_them_are_no_news(tmp_path, caplog):
+    """In a single step of annealing information is measured."""
+    trainer_for(tmp_path, top(schedule=tp.Schedule()), max_steps=4).train()
+    assert "hardly moved" not in caplog.text
+
+
 def test_where_nothing_settles_gates_are_closed_all_the_same(tmp_path):
     """Another Trainer, without the callback, trains the model as it has become."""
     callback = tp.TokenPruneCallback(top(schedule=tp.Schedule(dense=1, anneal=1, settle=0)))

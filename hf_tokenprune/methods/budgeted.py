@@ -64,6 +64,7 @@ class BudgetedGates:
     """
 
     STEEPEST = 4.0  # "projected": by how much log-odds are multiplied at the end
+    WAY = 20.0  # log-odds that a gate may go in a phase
     MEASURE = 0.15  # the part of the phase in which information is measured
     PER_NEPER = 2.0  # log-odds per factor e of information per cost
     FARTHEST = 12.0  # log-odds of a gate at most, at first
@@ -99,7 +100,7 @@ class BudgetedGates:
 
     def rate(self, steps):
         """By how much log-odds are to move per step of a phase of so many."""
-        return self.gate_lr if self.gate_lr is not None else min(max(20 / max(steps, 1), 0.01), 0.2)
+        return self.gate_lr if self.gate_lr is not None else min(max(self.WAY / max(steps, 1), 0.01), 0.2)
 
     # The budget.
 

@@ -223,16 +223,18 @@ class GatedObjective(Objective):
                 f"The model spends {spent:.3f} of the dense model's MACs on its training texts, more than the {target:g} asked "
                 f"for.{''.join(part.if_missed for part in self.gates.parts)}"
             )
-        if spent is not None and not self.told_idle:
+        if spent is not None and not self.told_idle and self.gates.everything() > self.gates.final:
             self._tell_if_still()
 
     def _tell_if_still(self):
         """Say so if the optimizer did not move the gates, which rely on steps about as large as its learning rate."""
         moved = (self.gates.learned() - self.gates.state.start.cpu()).abs().max().item()
-        meant = self.gates.rate(steps := self.steps[self.gated_phase]) * steps
+        steps = self.steps[self.gated_phase]
+        free = steps - (math.ceil(self.gates.MEASURE * steps) if self.gates.measured else 0)
+        meant = min(self.gates.rate(steps) * free, self.gates.WAY)
         if moved < self.STILL * meant:
             logger.warning(
-                f"The gates have hardly moved: the furthest by {moved:.2g} in {steps} steps, in which they may go {meant:.2g}. "
+                f"The gates have hardly moved: the furthest by {moved:.2g} in {free} steps, in which they may go {meant:.2g}. "
                 "They move at gate_lr where the optimizer's steps are about its learning rate, as Adam's are. A schedule that sets "
                 "the rate itself belongs over an optimizer with lr=<its highest rate>; with another optimizer, raise gate_lr."
             )
