@@ -45,7 +45,7 @@ def _create(trainer, create, *args, **kwargs):
         )
 
 
-def complete(model, folder, step):
+def complete(model, folder, step=None):
     """Put beside the weights of a step's checkpoint, which are uploaded during training, what the Trainer does not copy there: the
     code and the card."""
     folder = Path(folder)
