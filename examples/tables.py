@@ -29,7 +29,7 @@ def machine(benches):
     load = " to ".join(dict.fromkeys(f"{end([bench['load_average'] for bench in benches]):.1f}" for end in (min, max)))
     versions = each(lambda bench: ", ".join(f"{name} {version}" for name, version in bench["versions"].items()))
     busy = told_busy(max(bench["load_average"] or 0 for bench in benches))
-    return f"{where}, {threads}, {dtype}, {texts} texts, load {load}; {versions}.{' ' * bool(busy)}{busy}"
+    return f"{where}, {threads}, {dtype}, {texts} texts, load {load}; {versions}. {busy}".rstrip()
 
 
 def demo_rows(report):

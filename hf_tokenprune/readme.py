@@ -43,6 +43,8 @@ BY_SENTENCE_TRANSFORMERS = "*Clearly define terms in order to be accessible acro
 BY_TRAINER = "generated automatically according to the information the Trainer had access to"
 BY_TRANSFORMERS = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
+METADATA = re.compile(r"\A\s*---\r?\n.*?\n---[ \t]*\r?\n", re.S)
+
 
 def update(card: ModelCard, existing: str | None, append: bool = False, edited: bool = False) -> str | None:
     """What README.md becomes: a new card, or an existing text with this card's section and metadata in it.
@@ -210,9 +212,7 @@ def _is_completed(text):
 
 def _is_pefts(text):
     """Is it the Hub's template as PEFT writes it beside an adapter, of which nobody has filled in anything?"""
-    text = re.sub(
-        r"\A\s*---\r?\n.*?\n---[ \t]*\r?\n", "", text, count=1, flags=re.S
-    )  # of a person's the metadata may be no YAML
+    text = METADATA.sub("", text)  # not read: of a person's it may be no YAML
     body, *versions = text.split("### Framework versions")
     return len(versions) == 1 and body.strip() == _template()
 

@@ -19,14 +19,15 @@ def number_of(folder, settings=""):
         folder: where the safetensors files are.
         settings: words that count, too.
     """
-    digest, where = hashlib.sha256(settings.encode()), {}
+    folder, digest, where = Path(folder), hashlib.sha256(settings.encode()), {}
     with contextlib.ExitStack() as files:
-        for file in (*Path(folder).glob("*.safetensors"), *Path(folder).glob(MODULES)):
+        for file in (*folder.glob("*.safetensors"), *folder.glob(MODULES)):
             try:
                 tensors = files.enter_context(safe_open(file, "pt"))
             except SafetensorError:
                 return None
-            where.update({(file.parent.name * (file.parent != Path(folder)), name): tensors for name in tensors.keys()})  # noqa: SIM118
+            place = file.parent.relative_to(folder).name
+            where.update({(place, name): tensors for name in tensors.keys()})  # noqa: SIM118
         for place, name in sorted(where):
             if ".training_state." not in name:
                 tensor = where[place, name].get_tensor(name)

@@ -34,17 +34,8 @@ TITLES = {
 }
 
 MAIN = {"top": "ToP", "structured": "StructuredPruning", "structured+top": "Compose", "infor-coef": "InforCoef"}
-PRUNED = (
-    "topk",
-    "topk-trained",
-    "top-paper",
-    "top-attention",
-    "top-alone",
-    "top",
-    "structured",
-    "structured+top",
-    "infor-coef",
-)
+TOKENS = ("topk", "topk-trained", "top-paper", "top-attention", "top-alone", "top")
+PRUNED = (*TOKENS, "structured", "structured+top", "infor-coef")
 BOTH = ("structured+top", "infor-coef")  # these drop tokens and cut weights
 ORDER = (*UNPRUNED, *PRUNED)
 MEANS = (  # over tasks: at a method's first target that lies between two
@@ -92,16 +83,16 @@ def by_weights(run, folder):
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = token_pruned_class(getattr(transformers, config.architectures[0]))(config)
-    shapes, dense, tokens = layer_costs(model), dense_layer_costs(model), run["tokens"]
+    costs, dense, tokens = layer_costs(model), dense_layer_costs(model), run["tokens"]
     # Texts differ in length: how many tokens a token sees on average, more than their mean, the dense model's MACs tell.
     linear, attention = (sum(values) for values in zip(*((s.before + s.after, s.attention) for s in dense), strict=True))
     seen = (run["macs"]["dense"] / tokens - linear) / attention
-    queries, left = [seen] * len(shapes), [tokens] * len(shapes)
+    queries, left = [seen] * len(costs), [tokens] * len(costs)
     if run["tokens_per_layer"][-1] == 1:  # the one that the head reads is computed alone
         queries[-1] = left[-1] = 1
     spent = (
-        shape.macs(entered=[tokens], queries=[asking], survived=[stay])
-        for shape, asking, stay in zip(shapes, queries, left, strict=True)
+        cost.macs(entered=[tokens], queries=[asking], survived=[stay])
+        for cost, asking, stay in zip(costs, queries, left, strict=True)
     )
     return run["macs"]["dense"] / sum(spent)
 
