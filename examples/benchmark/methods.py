@@ -47,6 +47,16 @@ def top_attention(budget, teacher):
     return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="attention")
 
 
+def top_ranking(budget, teacher):
+    """The paper's importance and its ranking, distilled; the budget is held as by default."""
+    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, importance="attention", rank_weight=1.0)
+
+
+def top_lagrangian(budget, teacher):
+    """As by default, but for the paper's way to hold the budget: gates of whole sites, a Lagrangian."""
+    return tp.ToP(target_macs=budget, teacher=teacher, schedule=PHASES, site_gates=True, constraint="lagrangian")
+
+
 def top_paper(budget, teacher):
     """All as in the paper, but for the number of steps: importance, its ranking distilled, gates of whole sites, a Lagrangian."""
     return tp.ToP(
@@ -81,6 +91,8 @@ METHODS = {
     "top": Method(top),
     "top-alone": Method(top_alone),
     "top-attention": Method(top_attention),
+    "top-ranking": Method(top_ranking),
+    "top-lagrangian": Method(top_lagrangian),
     "top-paper": Method(top_paper),
     "structured": Method(structured),
     "structured+top": Method(both),

@@ -34,7 +34,7 @@ TITLES = {
 }
 
 MAIN = {"top": "ToP", "structured": "StructuredPruning", "structured+top": "Compose", "infor-coef": "InforCoef"}
-TOKENS = ("topk", "topk-trained", "top-paper", "top-attention", "top-alone", "top")
+TOKENS = ("topk", "topk-trained", "top-paper", "top-ranking", "top-attention", "top-lagrangian", "top-alone", "top")
 PRUNED = (*TOKENS, "structured", "structured+top", "infor-coef")
 BOTH = ("structured+top", "infor-coef")  # these drop tokens and cut weights
 ORDER = (*UNPRUNED, *PRUNED)
