@@ -151,7 +151,7 @@ def benchmark(name):
     sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
     import report
 
-    return getattr(report, name)(report.load(ROOT / "results" / "benchmark", ROOT / "model_cards"), report.MAIN)
+    return getattr(report, name)(report.load(ROOT / "results" / "benchmark"), report.MAIN)
 
 
 def read(name):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -281,7 +282,7 @@ def test_a_run_says_everything_about_itself(bench, finished):
     assert not list((folder / "runs").glob("work-*"))
 
 
-def test_every_pruned_model_has_a_card_of_what_was_measured(bench, finished, tmp_path):
+def test_every_row_has_a_card_of_what_was_measured(bench, finished, tmp_path):
     folder, _ = finished
     bench.cards.main(
         ["--models", str(folder / "runs" / "models"), "--results", str(folder / "results"), "--output", str(tmp_path)]
@@ -301,6 +302,20 @@ def test_every_pruned_model_has_a_card_of_what_was_measured(bench, finished, tmp
     bench.cards.main(["--models", "nowhere", "--results", str(folder / "results"), "--output", str(tmp_path)])
     assert {path: path.read_text() for path in cards} == cards, "configs that lie there will do"
     assert not (tmp_path / "sst2-topk-0.6-0" / "config.json").exists()
+
+
+def test_one_card_stands_for_all_seeds(bench, finished, tmp_path):
+    """The first one's whose model is there."""
+    shutil.copytree(finished[0], tmp_path / "all")
+    results, models = tmp_path / "all" / "results", tmp_path / "all" / "runs" / "models"
+    for method, budget in (("dense", "1"), ("topk", "0.6"), ("top", "0.6")):
+        run = json.loads((results / f"sst2-{method}-{budget}-0.json").read_text())
+        bench.files.write_json(results / f"sst2-{method}-{budget}-1.json", {**run, "seed": 1})
+    shutil.move(models / "sst2-topk-0.6-0", models / "sst2-topk-0.6-1")
+    shutil.copytree(models / "sst2-top-0.6-0", models / "sst2-top-0.6-1")
+    bench.cards.main(["--models", str(models), "--results", str(results), "--output", str(tmp_path / "cards")])
+    names = ["sst2-top-0.6-0", "sst2-topk-0.6-1", "sst2-topk-trained-0.6-0"]
+    assert sorted(path.name for path in (tmp_path / "cards").iterdir()) == names
 
 
 def test_what_is_there_is_not_run_again(bench, finished, monkeypatch):

@@ -20,7 +20,7 @@ def made(task, method, budget, seed, score):
         "task": task, "method": method, "budget": budget, "seed": seed, "split": "test", "rows": 1725, "metric": "accuracy",
         "train_rows": 2500, "limited": {"train": 2500, "report": None}, "data": "Hub", "dense_model": f"{task}-{seed}",
         "score": score, "scores": {"accuracy": score, "f1": score}, "tokens": 40.0,
-        "reduction": {"true_length": 1 / budget, "padded": 3 / budget}, "max_length": 128,
+        "reduction": {"true_length": 1 / budget, "padded": 3 / budget, "by_weights": 1.1}, "max_length": 128,
         "time": {"ms": {size: {"dense": 9.0, "dense_packed": 6.0, "pruned": 3.0} for size in ("1", "32")}},
     }  # fmt: skip
 
@@ -37,15 +37,14 @@ def test_overview(bench, runs):
     assert bench.report.overview(runs).splitlines() == [
         "| task | dense | trained on | target | topk | top |",
         "|---|---|---|---|---|---|",
-        "| MRPC (accuracy, test, 2,500 to train on) | 86.0 ± 1.4 | 88.0 of 87.0 | 2.0 x "
-        "| 70.0 of 85.0 (2.0 x) | 80.5 ± 0.7 (2.0 x) |",
-        "|  |  |  | 2.5 x |  | 80.5 ± 0.7 (2.5 x) |",
+        "| MRPC (accuracy, test, 2,500 to train on) | 86.0 ± 1.4 | +1.0 | 2.0 x | -15.0 (2.0 x) | -5.5 ± 0.7 (2.0 x) |",
+        "|  |  |  | 2.5 x |  | -5.5 ± 0.7 (2.5 x) |",
         "| mean difference from dense, each task at the method's smallest target |  |  |  | -15.0 (2.00 x) | -5.5 (2.00 x) |",
         "| the same, each task at 2.4 or 3.0 x |  |  |  |  | -5.5 (2.50 x) |",
     ]
     table = bench.report.overview(runs, {"structured": "Weights", "top": "Tokens"}).splitlines()
     assert table[0] == "| task | dense | trained on | target | Tokens |"
-    assert table[3] == "|  |  |  | 2.5 x | 80.5 ± 0.7 (2.5 x) |"
+    assert table[3] == "|  |  |  | 2.5 x | -5.5 ± 0.7 (2.5 x) |"
     text = "a\n<!-- table:benchmark -->\nold\n<!-- end -->\nb"
     assert bench.report.put(text, "benchmark", "\n".join(table)) == text.replace("old", "\n".join(table))
 
@@ -59,7 +58,7 @@ def test_means_over_tasks(bench, runs):
     assert larger.endswith(f"|  |  |  |  | {lost:+.1f} (2.50 x) |")
 
 
-def test_the_control_is_of_the_same_seeds_and_says_how_many(bench, runs):
+def test_the_control_is_of_the_same_seeds(bench, runs):
     """Nothing where they share none; seed 0 of `top` has no control here."""
     runs += [made("mrpc", "dense-longer", 1.0, seed, 0.84) for seed in (1, 2)]
     runs += [made("mrpc", "infor-coef", 0.4, seed, score) for seed, score in ((1, 0.82), (2, 0.85))]
@@ -70,8 +69,8 @@ def test_the_control_is_of_the_same_seeds_and_says_how_many(bench, runs):
     assert bench.report.control(runs).splitlines()[2:] == [
         "| task | target | topk | top | infor-coef |",
         "|---|---|---|---|---|",
-        "| MRPC (3 epochs) | 2.0 x | -14.0 (1 seed) | -3.0 (1 seed) |  |",
-        "| MRPC (3 epochs) | 2.5 x |  | -3.0 (1 seed) | -0.5 (2 seeds, 5 epochs) |",
+        "| MRPC (3 epochs) | 2.0 x | -14.0 | -3.0 |  |",
+        "| MRPC (3 epochs) | 2.5 x |  | -3.0 | -0.5 ± 2.1 (5 epochs) |",
     ]
     assert bench.report.control(runs, {"infor-coef": "InforCoef"}).splitlines()[-1].count("|") == 4
     assert "| epochs | seeds |" in bench.report.page("mrpc", bench.report.by_task(runs)["mrpc"])
@@ -79,7 +78,7 @@ def test_the_control_is_of_the_same_seeds_and_says_how_many(bench, runs):
 
 
 @pytest.mark.parametrize("head", [BertForSequenceClassification, BertForTokenClassification])
-def test_what_cut_weights_save_alone_is_what_they_save_where_no_token_is_dropped(bench, tmp_path, head):
+def test_what_cut_weights_save_alone_is_what_they_save_where_no_token_is_dropped(bench, head):
     config = BertConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24, vocab_size=40)
     model = tp.pack(head(config).eval())
     operate(model, hidden=range(12), heads=[range(n) for n in (1, 2, 0, 3)], units=[range(n) for n in (24, 0, 0, 7)])
@@ -93,18 +92,13 @@ def test_what_cut_weights_save_alone_is_what_they_save_where_no_token_is_dropped
 
     alone = cost(model).true_length_reduction
     spent = cost(tp.attach(model, {1: tp.TopK(0.5)}))
-    run = {**made("mrpc", "structured+top", 0.4, 0, 0.8), "macs": {"dense": spent.dense / spent.sequences}}
-    run.update(tokens=spent.tokens, tokens_per_layer=spent.tokens_per_layer)
-    run["reduction"]["true_length"] = spent.true_length_reduction
-    bench.files.write_json(tmp_path / "results" / "both.json", run)
-    bench.files.write_json(tmp_path / "results" / "other.json", {**run, "method": "structured"})
-    bench.files.write_json(tmp_path / "results" / "zero.json", made("mrpc", "dense", 1.0, 0, 0.9))
-    model.save_pretrained(tmp_path / "cards" / "both")
-    both, other, _ = bench.report.load(tmp_path / "results", tmp_path / "cards")
-    assert both["by_weights"] == pytest.approx(alone)
+    assert bench.run.by_weights(model, spent) == pytest.approx(alone)
     assert 1 < alone < spent.true_length_reduction
-    assert bench.report.cell([both], None) == f"80.0 ({spent.true_length_reduction:.1f} x, {alone:.1f} x by weights)"
-    assert bench.report.cell([both, other], None).endswith(f"({spent.true_length_reduction:.1f} x)"), "one is not known"
+    run = made("mrpc", "structured+top", 0.4, 0, 0.8)
+    run["reduction"] = {"true_length": 2.5, "by_weights": 2.1}
+    dense = [made("mrpc", "dense", 1.0, 0, 0.81)]
+    assert bench.report.cell([run], dense) == "-1.0 (2.5 x, 2.1 x by weights)"
+    assert bench.report.cell([{**run, "method": "structured"}], dense) == "-1.0 (2.5 x)"
 
 
 def write(bench, folder, *runs, seeds=(0, 1), known=True):
@@ -164,13 +158,13 @@ def test_report_writes_pages_and_plots(bench, runs, tmp_path):
     arguments = ["--results", tmp_path / "results", "--readme", tmp_path / "README.md", "--cards", tmp_path / "cards"]
     arguments = [str(argument) for argument in arguments]
     bench.report.main([*arguments, "--no-plots"])
-    assert "| 86.0 ± 1.4 | 84.0 of 87.0 | 2.0 x |" in (tmp_path / "README.md").read_text()
-    assert "| MRPC (2 epochs) | 2.0 x | -3.0 (1 seed) |" in (tmp_path / "README.md").read_text()
+    assert "| 86.0 ± 1.4 | -3.0 | 2.0 x |" in (tmp_path / "README.md").read_text()
+    assert "| MRPC (2 epochs) | 2.0 x | -3.0 |" in (tmp_path / "README.md").read_text()
     index = (tmp_path / "cards" / "README.md").read_text()
     assert bench.report.overview(runs) in index
     assert bench.report.control(runs) in index
     page = (tmp_path / "cards" / "mrpc.md").read_text()
-    assert "| top | 2.0 x | 80.5 ± 0.7 | 80.5 ± 0.7 | 2.00 x | 6.00 x | 3.00 x | 3.00 x | 2 | 2 |" in page
+    assert "| top | 2.0 x | 80.5 ± 0.7 | -5.5 ± 0.7 | 80.5 ± 0.7 | 2.00 x | 6.00 x | 3.00 x | 3.00 x | 2 | 2 |" in page
     assert page.index("| dense |") < page.index("| topk |") < page.index("| top |")
     pytest.importorskip("matplotlib")
     bench.report.main(arguments)

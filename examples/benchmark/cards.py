@@ -1,13 +1,14 @@
 """Model cards of the models that `run.py` trained, as `hf-tokenprune push` would publish them: `python examples/benchmark/cards.py`.
 
-Writes a folder per model to model_cards/: the card, its plot, and the config with what was dropped and cut; no weights. A config that
-lies there already will do where the model itself is gone.
+Writes a folder to model_cards/ for each task, method and budget, of the first seed whose model is there: the card, its plot, and the
+config with what was dropped and cut; no weights. A config that lies there already will do where the model itself is gone.
 """
 
 import argparse
 import json
 import shutil
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 from files import UNPRUNED
@@ -28,18 +29,21 @@ def main(arguments=None):
     parser.add_argument("--results", type=Path, default=Path("results/benchmark"), help="(default %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("model_cards"), help="(default %(default)s)")
     args = parser.parse_args(arguments)
-    results = [file for file in sorted(args.results.glob("*.json")) if not file.name.startswith("dense-")]
-    for result in (bar := tqdm(results, unit="card")):
-        bar.set_description(result.stem)
-        run = json.loads(result.read_text())
-        if run["method"] in UNPRUNED:
-            continue
-        configs = [folder / result.stem / "config.json" for folder in (args.models, args.output)]
-        config = next((file for file in configs if file.is_file()), None)
-        if config is None:
-            tqdm.write(f"{result.stem} has no card: its model is not in {args.models}.")
-            continue
-        write(config, [result, result.with_name(f"{run['task']}-dense-1-{run['seed']}.json")], args.output / result.stem)
+    runs = defaultdict(dict)
+    for file in args.results.glob("*.json"):
+        run = {} if file.name.startswith("dense-") else json.loads(file.read_text())
+        if run.get("method", "dense") not in UNPRUNED:
+            runs[run["task"], run["method"], run["budget"]][run["seed"]] = file
+    for (task, *_), seeds in (bar := tqdm(sorted(runs.items()), unit="card")):
+        for seed, file in sorted(seeds.items()):
+            bar.set_description(file.stem)
+            configs = [folder / file.stem / "config.json" for folder in (args.models, args.output)]
+            config = next((path for path in configs if path.is_file()), None)
+            if config:
+                write(config, [file, file.with_name(f"{task}-dense-1-{seed}.json")], args.output / file.stem)
+                break
+        else:
+            tqdm.write(f"{file.stem} has no card: its model is not in {args.models}.")
 
 
 def write(config, results, place):

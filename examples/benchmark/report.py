@@ -11,13 +11,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-import transformers
 from files import UNPRUNED, write_text
-from transformers import AutoConfig
 
-from hf_tokenprune.cost import dense_layer_costs, layer_costs
-from hf_tokenprune.modeling.modeling_token_pruned import token_pruned_class
 from hf_tokenprune.results import BUSY
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -45,14 +40,10 @@ MEANS = (  # over tasks: at a method's first target that lies between two
 SAME = ("data", "split", "rows", "limited")
 
 
-def load(folder, cards=None):
-    """All runs in a folder, with `by_weights` where the folder of cards has the model's sizes. Seeds of one method must have been run
-    with the same settings on the same data: they are averaged; and each beside the dense model that it began from."""
-    files = [file for file in sorted(Path(folder).glob("*.json")) if not file.name.startswith("dense-")]
-    runs = [json.loads(file.read_text()) for file in files]
-    for run, file in zip(runs, files, strict=True):
-        if cards and run["method"] in BOTH and (Path(cards) / file.stem / "config.json").exists():
-            run["by_weights"] = by_weights(run, Path(cards) / file.stem)
+def load(folder):
+    """All runs in a folder. Seeds of one method must have been run with the same settings on the same data: they are averaged; and
+    each beside the dense model that it began from."""
+    runs = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json")) if not file.name.startswith("dense-")]
     known, dense = {}, {(run["task"], run["seed"]): run.get("dense_model") for run in runs if run["method"] == "dense"}
     for run in runs:
         name = f"{run['task']}, {run['method']} {run['budget']:g}"
@@ -76,25 +67,6 @@ def load(folder, cards=None):
                 f"of {now or 'one that it does not name'}. Remove one of them."
             )
     return runs
-
-
-def by_weights(run, folder):
-    """The reduction on true lengths that the weights cut out of a run's model give if every token is kept."""
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = token_pruned_class(getattr(transformers, config.architectures[0]))(config)
-    costs, dense, tokens = layer_costs(model), dense_layer_costs(model), run["tokens"]
-    # Texts differ in length: how many tokens a token sees on average, more than their mean, the dense model's MACs tell.
-    linear, attention = (sum(values) for values in zip(*((s.before + s.after, s.attention) for s in dense), strict=True))
-    seen = (run["macs"]["dense"] / tokens - linear) / attention
-    queries, left = [seen] * len(costs), [tokens] * len(costs)
-    if run["tokens_per_layer"][-1] == 1:  # the one that the head reads is computed alone
-        queries[-1] = left[-1] = 1
-    spent = (
-        cost.macs(entered=[tokens], queries=[asking], survived=[stay])
-        for cost, asking, stay in zip(costs, queries, left, strict=True)
-    )
-    return run["macs"]["dense"] / sum(spent)
 
 
 def settings(given, path=""):
@@ -144,10 +116,10 @@ def what(groups):
 
 
 def overview(runs, columns=None):
-    """A row per task and budget, a column per method: the score, and the MACs reduction on true lengths that was really reached.
+    """A row per task and budget, a column per method: points against the dense models of the same seeds, and the MACs reduction on
+    true lengths that was really reached.
 
-    The last rows are means over tasks, each at a method's smallest target or at one near 2.4 or 3, of the difference from dense and
-    of the reduction.
+    The last rows are means over tasks, each at a method's smallest target or at one near 2.4 or 3.
 
     Args:
         runs: what `load` gives.
@@ -158,9 +130,9 @@ def overview(runs, columns=None):
     methods = list(columns)
     rows = [["task", "dense", "trained on", "target", *columns.values()]]
     for task, groups in by_task(runs).items():
-        dense, longer = groups.get(("dense", 1.0)), groups.get(("dense-longer", 1.0))
-        first = [f"{TITLES.get(task, task)} ({what(groups)})", percent(dense, "score") if dense else ""]
-        first.append(cell(longer, dense, reached=False))
+        dense = groups["dense", 1.0]
+        longer = groups.get(("dense-longer", 1.0), [])
+        first = [f"{TITLES.get(task, task)} ({what(groups)})", percent(dense, "score"), spread(differences(longer, dense))]
         for budget in sorted({budget for name, budget in groups if name in methods}, reverse=True):
             cells = [cell(groups.get((method, budget)), dense) for method in methods]
             rows.append([*first, f"{1 / budget:.1f} x", *cells])
@@ -170,36 +142,41 @@ def overview(runs, columns=None):
     return markdown(rows)
 
 
-def cell(runs, dense, reached=True):
-    """`81.1 (2.4 x)`; or `81.1 of 81.9 (2.4 x, 2.3 x by weights)`, with the dense score of the same seeds, where dense has more."""
+def cell(runs, dense):
+    """`-0.7 ± 1.4 (2.4 x)`, or `... (2.4 x, 2.3 x by weights)`."""
     if not runs:
         return ""
-    same = of_seeds(dense or [], runs)
-    beside = f" of {percent(same, 'score')}" if len(same) < len(dense or []) else ""
-    alone = f", {mean(runs, 'by_weights'):.1f} x by weights" if all("by_weights" in run for run in runs) else ""
-    saved = f" ({mean(runs, 'reduction', 'true_length'):.1f} x{alone})" if reached else ""
-    return f"{percent(runs, 'score')}{beside}{saved}"
+    both = all(run["method"] in BOTH for run in runs)
+    alone = f", {mean(runs, 'reduction', 'by_weights'):.1f} x by weights" if both else ""
+    return f"{spread(differences(runs, dense))} ({mean(runs, 'reduction', 'true_length'):.1f} x{alone})"
 
 
-def of_seeds(dense, runs):
-    """The runs of the first kind, dense ones mostly, of the seeds that the others have."""
-    return [run for run in dense if run["seed"] in {other["seed"] for other in runs}]
+def differences(runs, others):
+    """By how many points runs are above or below others, dense ones mostly, of the same task: seed by seed, where both have it."""
+    scores = {other["seed"]: other["score"] for other in others}
+    return [100 * (run["score"] - scores[run["seed"]]) for run in runs if run["seed"] in scores]
+
+
+def spread(points):
+    """`-0.7 ± 1.4`: the mean, and the standard deviation where there are several; nothing of nothing."""
+    if not points:
+        return ""
+    return signed(statistics.fmean(points)) + (f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else "")
 
 
 def over_tasks(runs, method, least, most):
     """`-1.2 (2.53 x, 4 of 6 tasks)`: what a method costs on average at its first target of each task between these two."""
-    differences, reductions, tasks = [], [], by_task(runs)
+    lost, reductions, tasks = [], [], by_task(runs)
     for groups in tasks.values():
         budgets = [budget for name, budget in groups if name == method and least <= 1 / budget <= most]
-        group = groups[method, max(budgets)] if budgets else []
-        dense = of_seeds(groups.get(("dense", 1.0), []), group)
-        if dense:
-            differences.append(100 * (mean(group, "score") - mean(dense, "score")))
+        if budgets:
+            group = groups[method, max(budgets)]
+            lost.append(statistics.fmean(differences(group, groups["dense", 1.0])))
             reductions.append(mean(group, "reduction", "true_length"))
-    if not differences:
+    if not lost:
         return ""
-    some = f", {len(differences)} of {len(tasks)} tasks" if len(differences) < len(tasks) else ""
-    return f"{signed(statistics.fmean(differences))} ({statistics.fmean(reductions):.2f} x{some})"
+    some = f", {len(lost)} of {len(tasks)} tasks" if len(lost) < len(tasks) else ""
+    return f"{signed(statistics.fmean(lost))} ({statistics.fmean(reductions):.2f} x{some})"
 
 
 def control(runs, columns=None):
@@ -210,7 +187,7 @@ def control(runs, columns=None):
         longer = groups.get(("dense-longer", 1.0), [])
         title = f"{TITLES.get(task, task)} ({epochs(longer)} epochs)"
         for (method, budget), group in sorted(groups.items(), key=lambda item: -item[0][1]):
-            if method in columns and of_seeds(longer, group):
+            if method in columns and differences(group, longer):
                 found[title, f"{1 / budget:.1f} x"][method] = beyond(group, longer)
     if not found:
         return ""
@@ -221,11 +198,9 @@ def control(runs, columns=None):
 
 
 def beyond(runs, longer):
-    """`-0.5 (2 seeds)`: by how much runs differ from those of the control, in the seeds that both have; and epochs, if other."""
-    longer = of_seeds(longer, runs)
-    difference = 100 * (mean(of_seeds(runs, longer), "score") - mean(longer, "score"))
-    trained = f", {epochs(runs)} epochs" if epochs(runs) not in ("", epochs(longer)) else ""
-    return f"{signed(difference)} ({len(longer)} seed{'s' * (len(longer) > 1)}{trained})"
+    """`-0.5 ± 0.2`, or `... (5 epochs)`: by how much runs differ from those of the control; and their epochs, if other."""
+    trained = f" ({epochs(runs)} epochs)" if epochs(runs) not in ("", epochs(longer)) else ""
+    return f"{spread(differences(runs, longer))}{trained}"
 
 
 def epochs(runs):
@@ -242,25 +217,23 @@ def signed(points):
 
 COLUMNS = """All are of all-MiniLM-L6-v2 (6 layers, 384 wide). Each method starts from the same dense model, also its teacher:
 fine-tuned for 2 to 4 epochs with the learning rate and of the epoch that were best on held-out data (two rates were tried for MRPC
-and STS-B, one elsewhere). A method trains on for 2 to 5 more epochs. "trained on" is what that gives by itself: as `structured`, with
-nothing cut. "target" is the reduction of MACs asked for; in brackets the one reached, on the real tokens, and "by weights" what it
-would be if no token were dropped (a dense model has about 1.1 x once it is packed: where the head reads one token, its last layer
-computes no more). "of" is the dense score of the same seeds, where dense has more of them; ± the standard deviation over seeds,
-without which there is one. Blank: not measured. In the last rows a method that was not measured on all tasks says on how many.
+and STS-B, one elsewhere). A method trains on for 2 to 5 more epochs. "dense" is a score, in percent; all else are points above or
+below the dense models of the same seeds: the mean of these differences ± their standard deviation over seeds; without it there is
+one seed. "trained on" is what more epochs give by themselves: as `structured`, with nothing cut. "target" is the reduction of MACs
+asked for; in brackets the one reached, on the real tokens, and "by weights" what it would be if no token were dropped (a dense model
+has about 1.1 x once it is packed: where the head reads one token, its last layer computes no more). Blank: not measured. In the last
+rows a method that was not measured on all tasks says on how many. The pages of the tasks have the scores themselves.
 
 * `topk` keeps the same share of the tokens in every layer but the first, without training; `topk-trained` trains the weights with
   that selection, taught by the teacher's logits alone (the methods are taught by its hidden states, too).
 * `top` is ToP as it is by default: importance is learned, from a token and its neighbours. `top-alone` learns it from each token
-  alone; `top-attention` takes the attention that tokens receive, as the paper does; `top-paper` is the paper's in all that ToP lets
-  one choose.
+  alone. `top-attention` takes the attention that tokens receive, as the paper does; `top-ranking` distils its ranking besides;
+  `top-lagrangian` is the default with the paper's way to hold the budget; `top-paper` is the paper's in all that ToP lets one choose.
 * `structured` is StructuredPruning, `structured+top` Compose of both, `infor-coef` InforCoef.
 
-Some rows were measured with older code. `top` on WikiQA, SST-2 and 20 Newsgroups, `top-alone` and `top-attention`: before importance
-was taught what later layers hang on, and sites shared the budget out by what they are worth. `structured+top` on WikiQA and 20
-Newsgroups: before tokens counted more than their information. `infor-coef` on WikiQA: before its gradients were right, with the
-paper's noise. All of SQuAD: before padding left its softmax, which changed nothing that could be measured
-([`results/choices`](../results/choices)). SQuAD is trained on the questions about 44 articles. CPUs round differently, so the dense
-model of a seed is not the same on all; runs that name the one that they began from are only compared with that one."""
+Seeds 5 to 7 were run on a GPU, the others mostly on CPUs; machines round differently, so the dense model of a seed is not the same on
+all. Two rows were measured with older code: `top` on 20 Newsgroups and `top-alone`, before importance was taught what later layers
+hang on and sites shared the budget out by what they are worth. SQuAD is trained on the questions about 44 articles."""
 
 
 def index(runs):
@@ -274,11 +247,13 @@ def page(task, groups):
     first = next(iter(groups.values()))[0]
     others = [name for name in first["scores"] if name != first["metric"]]
     score = NAMES.get(first["metric"], first["metric"])
-    head = ["method", "target", score, *(NAMES.get(name, name) for name in others)]
+    head = ["method", "target", score, "against dense", *(NAMES.get(name, name) for name in others)]
     head += ["reduction, true length", "reduction, padded", "speed-up, batch 1", "speed-up, batch 32", "epochs", "seeds"]
-    rows = [head]
+    rows, dense = [head], groups["dense", 1.0]
     for (method, budget), runs in groups.items():
-        cells = [method, f"{1 / budget:.1f} x", percent(runs, "score"), *(percent(runs, "scores", name) for name in others)]
+        against = "" if method == "dense" else spread(differences(runs, dense))
+        cells = [method, f"{1 / budget:.1f} x", percent(runs, "score"), against]
+        cells += [percent(runs, "scores", name) for name in others]
         cells += [f"{mean(runs, 'reduction', kind):.2f} x" for kind in ("true_length", "padded")]
         rows.append([*cells, *(speedup(runs, size) for size in ("1", "32")), epochs(runs), str(len(runs))])
     text = [
@@ -303,25 +278,27 @@ def speedup(runs, size):
 
 
 def plot(task, groups, file):
-    """Score against MACs reduction on true lengths: a line per method, the dense score as a horizontal one."""
+    """Score against MACs reduction on true lengths: a line per method, the dense score as a horizontal one. Seeds are compared with
+    the dense model of the same seed, so that methods that have not the same ones stand beside each other as they should."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit('Plots need matplotlib: pip install "hf_tokenprune[plots]"') from None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    lines = defaultdict(list)
+    lines, dense = defaultdict(list), groups["dense", 1.0]
+    level = 100 * mean(dense, "score")
     for (method, _), runs in groups.items():
-        scores = [100 * run["score"] for run in runs]
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        lines[method].append((mean(runs, "reduction", "true_length"), statistics.fmean(scores), spread))
+        points = differences(runs, dense)
+        deviation = statistics.stdev(points) if len(points) > 1 else 0.0
+        lines[method].append((mean(runs, "reduction", "true_length"), level + statistics.fmean(points), deviation))
     for method, points in lines.items():
-        x, y, spread = zip(*sorted(points), strict=True)
+        x, y, bars = zip(*sorted(points), strict=True)
         if method in UNPRUNED:
             style = dict(zip(UNPRUNED, ("--", ":"), strict=True))[method]
             axes.axhline(y[0], color="black", linestyle=style, linewidth=1, label=method)
         else:
-            axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, linewidth=1.5, capsize=3, label=method)
+            axes.errorbar(x, y, yerr=bars, marker="o", markersize=4, linewidth=1.5, capsize=3, label=method)
     axes.set(title=f"{TITLES.get(task, task)}", xlabel="MACs reduction, true length (x)", ylabel=what(groups))
     axes.set_xlim(1, 1.2 * max(x for points in lines.values() for x, *_ in points))
     axes.grid(alpha=0.3)
@@ -337,7 +314,7 @@ def main(arguments=None):
     parser.add_argument("--cards", type=Path, default=Path("model_cards"))
     parser.add_argument("--no-plots", action="store_true")
     args = parser.parse_args(arguments)
-    runs = load(args.results, args.cards)
+    runs = load(args.results)
     if not runs:
         raise SystemExit(f"There are no results in {args.results}; make some with run.py.")
     text = put(args.readme.read_text(), "benchmark", overview(runs, MAIN))

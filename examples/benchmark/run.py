@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 import hf_tokenprune as tp
 from hf_tokenprune.bench import bench
+from hf_tokenprune.cost import dense_layer_costs, layer_costs
 from hf_tokenprune.subject import cpu_name
 
 BATCHES = 1, 32  # texts; what is timed
@@ -148,7 +149,11 @@ def run(task, splits, tokenizer, args, command, method, budget, seed):
         "score": scores[task.metric],
         "held_out": held_out[task.metric],
         "scores": scores,
-        "reduction": {"true_length": cost.true_length_reduction, "padded": cost.padded_reduction},
+        "reduction": {
+            "true_length": cost.true_length_reduction,
+            "padded": cost.padded_reduction,
+            "by_weights": by_weights(model, cost),
+        },
         "max_length": task.max_length,
         "macs": {name: getattr(cost, name) / cost.sequences for name in ("dense", "padded", "spent")},
         "tokens": cost.tokens,
@@ -157,6 +162,23 @@ def run(task, splits, tokenizer, args, command, method, budget, seed):
         "training": training,
         "time": None if args.held_out else measure(task, splits, args, model, tokenizer),
     }
+
+
+def by_weights(model, cost):
+    """The reduction on true lengths that the weights cut out of a model give if every token is kept."""
+    costs, dense = layer_costs(model), dense_layer_costs(model)
+    # Texts differ in length: how many tokens a token sees on average, more than their mean, the dense model's MACs tell.
+    linear, attention = (sum(values) for values in zip(*((s.before + s.after, s.attention) for s in dense), strict=True))
+    tokens, macs = cost.tokens, cost.dense / cost.sequences
+    seen = (macs / tokens - linear) / attention
+    queries, left = [seen] * len(costs), [tokens] * len(costs)
+    if cost.tokens_per_layer[-1] == 1:  # the one that the head reads is computed alone
+        queries[-1] = left[-1] = 1
+    spent = (
+        layer.macs(entered=[tokens], queries=[asking], survived=[stay])
+        for layer, asking, stay in zip(costs, queries, left, strict=True)
+    )
+    return macs / sum(spent)
 
 
 def measure(task, splits, args, model, tokenizer):

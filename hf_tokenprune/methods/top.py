@@ -31,7 +31,7 @@ class ToP(GatedMethod):
     layer's ranking of the tokens, with LambdaARP2, into the early layers (section 4.1).
 
     By default this is otherwise: importance is learned, there is no ranking loss, no gate of the whole site, the target is held by
-    projection, and hidden states are distilled, too. On short texts the paper's own form may do as well (README has a run of it). It
+    projection, and hidden states are distilled, too. In as many steps the paper's own form loses more (README has its numbers). It
     is `ToP(importance="attention", rank_weight=1.0, site_gates=True, constraint="lagrangian",
     layer_weight=0.0)`. The target tightens over four fifths of the annealing, or of what is left of it after measuring, see below.
 
