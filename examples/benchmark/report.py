@@ -32,6 +32,8 @@ MAIN = {"top": "ToP", "structured": "StructuredPruning", "structured+top": "Comp
 TOKENS = ("topk", "topk-trained", "top-paper", "top-ranking", "top-attention", "top-lagrangian", "top-alone", "top")
 PRUNED = (*TOKENS, "structured", "structured+top", "infor-coef")
 BOTH = ("structured+top", "infor-coef")  # these drop tokens and cut weights
+COLOURS = dict(zip(MAIN, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))  # baselines and variants are grey
+MARKERS = dict(zip(PRUNED, "^vsPXd*oooo", strict=True))
 ORDER = (*UNPRUNED, *PRUNED)
 MEANS = (  # over tasks: at a method's first target that lies between two
     ("mean difference from dense, each task at the method's smallest target", 1, float("inf")),
@@ -278,13 +280,15 @@ def speedup(runs, size):
 
 
 def plot(task, groups, file):
-    """Score against MACs reduction on true lengths: a line per method, the dense score as a horizontal one. Seeds are compared with
-    the dense model of the same seed, so that methods that have not the same ones stand beside each other as they should."""
+    """Score against MACs reduction on true lengths: a line per method, the dense score as a horizontal one.
+
+    Runs are compared with the dense model of their seed, so that methods that have not the same seeds stand beside each other as they
+    should. They are moved aside a little."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit('Plots need matplotlib: pip install "hf_tokenprune[plots]"') from None
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     lines, dense = defaultdict(list), groups["dense", 1.0]
     level = 100 * mean(dense, "score")
@@ -292,17 +296,21 @@ def plot(task, groups, file):
         points = differences(runs, dense)
         deviation = statistics.stdev(points) if len(points) > 1 else 0.0
         lines[method].append((mean(runs, "reduction", "true_length"), level + statistics.fmean(points), deviation))
-    for method, points in lines.items():
+    for number, (method, points) in enumerate(lines.items()):
         x, y, bars = zip(*sorted(points), strict=True)
         if method in UNPRUNED:
             style = dict(zip(UNPRUNED, ("--", ":"), strict=True))[method]
             axes.axhline(y[0], color="black", linestyle=style, linewidth=1, label=method)
         else:
-            axes.errorbar(x, y, yerr=bars, marker="o", markersize=4, linewidth=1.5, capsize=3, label=method)
+            aside = [value + 0.02 * (number - len(lines) / 2) for value in x]  # or bars would hide each other
+            axes.errorbar(
+                aside, y, yerr=bars, label=method, color=COLOURS.get(method, "grey"), marker=MARKERS[method], markersize=5,
+                linewidth=1.2, capsize=2, zorder=3 if method in COLOURS else 2,
+            )  # fmt: skip
     axes.set(title=f"{TITLES.get(task, task)}", xlabel="MACs reduction, true length (x)", ylabel=what(groups))
     axes.set_xlim(1, 1.2 * max(x for points in lines.values() for x, *_ in points))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120, metadata={"Software": None})  # the same numbers make the same file
 
