@@ -67,6 +67,7 @@ class TokenPruneCallback(TrainerCallback):
         self.objective = None
         self.total = 0
         self.told = False
+        self.ran = False  # the encoder, in the current step
         self.meters = {}
         self.settled = None  # counts what is spent since nothing is chosen any more
         self.reached = None  # the share of the dense model's MACs that it is, once training is over
@@ -209,6 +210,7 @@ class TokenPruneCallback(TrainerCallback):
         now = getattr(calling_trainer(), "current_gradient_accumulation_steps", None)
         self.objective.accumulation = now or args.gradient_accumulation_steps
         self.objective.begin_step()
+        self.ran = self.objective.called = False
         self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -224,6 +226,12 @@ class TokenPruneCallback(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        if self.ran and not self.objective.called:
+            raise TrainingError(
+                "This Trainer's compute_loss calls a part of the model (model.bert, say), or the model in evaluation mode: no gate "
+                "was in force, and none would learn. Call model(...), in training mode, and compute the loss from its outputs: its "
+                "logits, or with output_hidden_states=True what you need of its hidden states."
+            )
         if args.world_size > 1 and self.method.cuts_weights and self.objective.wrapper is None:
             raise TrainingError(
                 f"{type(self.method).__name__} cuts weights in mid-run, and several processes can only go on after that inside of "
@@ -332,6 +340,7 @@ class TokenPruneCallback(TrainerCallback):
         self.inner.token_pruner.evaluation = evaluation_of_log(history, prefix, metric, dense, unpruned)
 
     def _measure(self, pruner):
+        self.ran = True
         self.meters[self.inner.training].update()
         if self.inner.training and self.settled is not None and self.objective.moment.phase == "settle":
             self.settled.update()
