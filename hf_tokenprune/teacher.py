@@ -115,7 +115,7 @@ def find_teacher(teacher, student, tokenizer=None):
     """A teacher given by the user, as a model or by folder or Hub id, ready to teach. `tokenizer`: the Trainer's, if it has one.
 
     Raises:
-        TrainingError: it is the student itself, judges other classes, or reads other tokens.
+        TrainingError: it is the student itself, judges other classes or in another order, or reads other tokens.
     """
     if isinstance(teacher, nn.Module) and student in teacher.modules():
         raise TrainingError(
@@ -141,6 +141,14 @@ def find_teacher(teacher, student, tokenizer=None):
         raise TrainingError(
             f"The teacher is a {type(model).__name__}, the model to be trained a {type(student).__name__}: they answer different "
             "questions. Give a teacher with the same head, fine-tuned for the same task."
+        )
+    labels = [{int(number): str(name).lower() for number, name in each.config.id2label.items()} for each in (model, student)]
+    names, own = [[each[number] for number in sorted(each)] for each in labels]
+    if "Classification" in type(model).__name__ and names != own and sorted(names) == sorted(own):
+        raise TrainingError(
+            f"The teacher's labels are {', '.join(names)}, in this order, those of the model to be trained {', '.join(own)}: each "
+            "would be taught as another. Give the model to be trained the teacher's order (config.id2label and label2id, and the "
+            "labels of your data), or give a teacher with this one; where only the names are wrong, correct id2label."
         )
     return dense_copy(model).to(student.device)
 
