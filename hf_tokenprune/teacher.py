@@ -63,13 +63,13 @@ def freeze(model):
     return pack(model).eval().requires_grad_(False)
 
 
-def save_teacher(teacher, output_dir):
-    """Write the teacher to `output_dir/_teacher`, all or nothing.
+def save_teacher(teacher, run_folder):
+    """Write the teacher to `run_folder/_teacher`, all or nothing.
 
     Returns:
         A number that tells this teacher from any other, for `load_teacher`.
     """
-    target = Path(output_dir) / FOLDER
+    target = Path(run_folder) / FOLDER
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f"{WRITING}*"):  # by a run that was killed right here
         shutil.rmtree(left, ignore_errors=True)
@@ -88,13 +88,13 @@ def save_teacher(teacher, output_dir):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_teacher(output_dir, number, device):
+def load_teacher(run_folder, number, device):
     """The teacher that `save_teacher` wrote.
 
     Raises:
         TrainingError: it is not there, or is another run's.
     """
-    folder = Path(output_dir) / FOLDER
+    folder = Path(run_folder) / FOLDER
     if not list(folder.glob("*.safetensors")):
         raise TrainingError(
             f"The run to resume has left its dense phase and needs its teacher, but there is none in {folder}. Put the folder back "

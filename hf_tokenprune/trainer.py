@@ -51,6 +51,12 @@ def forget_what_is_gone(optimizer, model, _incompatible_keys):
         group["params"] = [parameter for parameter in group["params"] if parameter in left]
 
 
+def run_folder(args):
+    """Where the Trainer keeps a run's checkpoints: each trial of a hyperparameter search has a folder of its own."""
+    trainer = calling_trainer()
+    return args.output_dir if trainer is None else trainer._get_output_dir(getattr(trainer, "_trial", None))
+
+
 def check_checkpointing(model):
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)

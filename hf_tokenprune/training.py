@@ -30,6 +30,7 @@ from .trainer import (
     log_first,
     loss_scale,
     note_labels,
+    run_folder,
     scaler_of,
 )
 from .trainer_card import complete, follow
@@ -191,7 +192,7 @@ class TokenPruneCallback(TrainerCallback):
             teacher = _merged(teacher) if isinstance(teacher, nn.Module) else teacher
             self.objective.teacher = find_teacher(teacher, self.inner, kwargs.get("processing_class"))
         elif self.method.teacher == "self" and state.global_step > dense:
-            self.objective.teacher = load_teacher(args.output_dir, self.objective.teacher_number, self.inner.device)
+            self.objective.teacher = load_teacher(run_folder(args), self.objective.teacher_number, self.inner.device)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         step, plan = state.global_step, self.method.schedule
@@ -204,7 +205,7 @@ class TokenPruneCallback(TrainerCallback):
         if step == dense and self.method.teacher == "self":
             self.objective.teacher = dense_copy(_merged(model))
             if args.should_save:
-                self.objective.teacher_number = save_teacher(self.objective.teacher, args.output_dir)
+                self.objective.teacher_number = save_teacher(self.objective.teacher, run_folder(args))
         self.objective.moment = self.method.schedule.at(step, self.total)
         # Fewer than usual in the last step of an epoch.
         now = getattr(calling_trainer(), "current_gradient_accumulation_steps", None)
