@@ -148,7 +148,7 @@ class TokenPruneCallback(TrainerCallback):
         check_checkpointing(model)
         reshard(model)
         gates = list(self.inner.token_pruner.training_state.parameters())
-        group = group_of(optimizer, gates, list(self.objective.parameters()))
+        group = group_of(optimizer, gates, list(self.objective.parameters()), given=self.watch is not None)
         self.objective.sharded = has_engine(optimizer) or is_sharded(model)
         self.objective.forgets = not has_engine(optimizer)  # an engine keeps its moments to itself
         if state.global_step == 0:
