@@ -98,7 +98,8 @@ class StructuredPruning(GatedMethod):
         if is_token_pruned(model) and len(model.token_pruner.sites):
             raise ConfigError(
                 "This model drops tokens already. Cut its weights first, or both at once: "
-                "Compose(StructuredPruning(...), ToP(...), target_macs=...)."
+                "Compose(StructuredPruning(...), ToP(...), target_macs=...). To resume a run, make the model as it was when the run "
+                "began; opened from a checkpoint it drops tokens."
             )
         protected = model.token_pruner.protected_ids if is_token_pruned(model) else []
         attach(model, protected_token_ids=protected, method=settings or self.settings())
