@@ -45,6 +45,9 @@ class TokenPruneCallback(TrainerCallback):
     before the optimizer is made. Every checkpoint the Trainer writes is a complete model that loads with
     `AutoModelFor....from_pretrained(folder, trust_remote_code=True)`, and resumes exactly.
 
+    Every loss term of pruning is logged by its name. `loss` in the log includes them where the model computes the loss, and does not
+    where the Trainer or its compute_loss does.
+
     The Trainers of sentence-transformers take it, too; `integrations.sentence_transformers` says what pooling reads then.
 
     Args:
