@@ -59,10 +59,16 @@ def _check_method(folder, model):
     """A run goes on with the method it began with."""
     config, weights = _files(folder, model)
     try:
-        then = json.loads(config.read_text(encoding="utf-8"))["token_pruning"]["method"]
+        then = (json.loads(config.read_text(encoding="utf-8")).get("token_pruning") or {}).get("method")
         now = transformers_model(model).config.token_pruning["method"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none that we wrote
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it has no config, or the model no method
         return
+    if then is None:
+        raise TrainingError(
+            f"{folder} is of a run without TokenPruneCallback, and holds no gates to go on with. Begin a new run, in another "
+            "output_dir or without resume_from_checkpoint; or load the model from this checkpoint and give it to a new run, with "
+            "Schedule(dense=0)."
+        )
     changed = list(_changed(then, now))
     late = {name for name, *_ in changed} & _chosen_by(folder, weights, then)
     if late:

@@ -63,13 +63,13 @@ def freeze(model):
     return pack(model).eval().requires_grad_(False)
 
 
-def save_teacher(teacher, output_dir):
-    """Write the teacher to `output_dir/_teacher`, all or nothing.
+def save_teacher(teacher, run_folder):
+    """Write the teacher to `run_folder/_teacher`, all or nothing.
 
     Returns:
         A number that tells this teacher from any other, for `load_teacher`.
     """
-    target = Path(output_dir) / FOLDER
+    target = Path(run_folder) / FOLDER
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f"{WRITING}*"):  # by a run that was killed right here
         shutil.rmtree(left, ignore_errors=True)
@@ -88,13 +88,13 @@ def save_teacher(teacher, output_dir):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_teacher(output_dir, number, device):
+def load_teacher(run_folder, number, device):
     """The teacher that `save_teacher` wrote.
 
     Raises:
         TrainingError: it is not there, or is another run's.
     """
-    folder = Path(output_dir) / FOLDER
+    folder = Path(run_folder) / FOLDER
     if not list(folder.glob("*.safetensors")):
         raise TrainingError(
             f"The run to resume has left its dense phase and needs its teacher, but there is none in {folder}. Put the folder back "
@@ -115,7 +115,7 @@ def find_teacher(teacher, student, tokenizer=None):
     """A teacher given by the user, as a model or by folder or Hub id, ready to teach. `tokenizer`: the Trainer's, if it has one.
 
     Raises:
-        TrainingError: it is the student itself, judges other classes, or reads other tokens.
+        TrainingError: it is the student itself, judges other classes or in another order, or reads other tokens.
     """
     if isinstance(teacher, nn.Module) and student in teacher.modules():
         raise TrainingError(
@@ -141,6 +141,14 @@ def find_teacher(teacher, student, tokenizer=None):
         raise TrainingError(
             f"The teacher is a {type(model).__name__}, the model to be trained a {type(student).__name__}: they answer different "
             "questions. Give a teacher with the same head, fine-tuned for the same task."
+        )
+    labels = [{int(number): str(name).lower() for number, name in each.config.id2label.items()} for each in (model, student)]
+    names, own = [[each[number] for number in sorted(each)] for each in labels]
+    if "Classification" in type(model).__name__ and names != own and sorted(names) == sorted(own):
+        raise TrainingError(
+            f"The teacher's labels are {', '.join(names)}, in this order, those of the model to be trained {', '.join(own)}: each "
+            "would be taught as another. Give the model to be trained the teacher's order (config.id2label and label2id, and the "
+            "labels of your data), or give a teacher with this one; where only the names are wrong, correct id2label."
         )
     return dense_copy(model).to(student.device)
 

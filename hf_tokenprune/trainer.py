@@ -51,6 +51,12 @@ def forget_what_is_gone(optimizer, model, _incompatible_keys):
         group["params"] = [parameter for parameter in group["params"] if parameter in left]
 
 
+def run_folder(args):
+    """Where the Trainer keeps a run's checkpoints: each trial of a hyperparameter search has a folder of its own."""
+    trainer = calling_trainer()
+    return args.output_dir if trainer is None else trainer._get_output_dir(getattr(trainer, "_trial", None))
+
+
 def check_checkpointing(model):
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
@@ -63,20 +69,29 @@ def check_checkpointing(model):
             )
 
 
-def group_of(optimizer, *parameters):
-    """The optimizer's group that holds the gates, or if it holds none of them, the next of these lists of parameters.
+def group_of(optimizer, *parameters, given):
+    """The optimizer's group that holds the gates, or if it holds none of them, the next of these lists of parameters. `given`: the
+    user has made the optimizer, not the Trainer.
 
     Raises:
-        TrainingError: it holds none of them.
+        TrainingError: it holds none of them, or they are frozen.
     """
+    if not any(parameter.requires_grad for some in parameters for parameter in some):
+        raise TrainingError(
+            "The gates are frozen (requires_grad=False), so they would never learn. Freeze parameters before the model is given to a "
+            "Trainer with the callback, or leave out those with 'token_pruner.' in their names."
+        )
     if has_engine(optimizer):  # it has copied them
         return optimizer.param_groups[0]
     wanted = [{id(parameter) for parameter in some} for some in parameters]
     held = [group for some in wanted for group in optimizer.param_groups if some & {id(p) for p in group["params"]}]
     if not held:
         raise TrainingError(
-            "The optimizer was made before the gates existed, so it would never train them. Pass the callback as "
-            "Trainer(callbacks=[...]); if you make the optimizer yourself, call callback.attach(model) before that."
+            "The optimizer was made before the gates existed, or leaves them out, so it would never train them. Call "
+            "callback.attach(model) before you make it, and give it the parameters with 'token_pruner.' in their names, too."
+            if given
+            else "The optimizer that this Trainer makes leaves out the gates, so it would never train them: its groups go by name. "
+            "Add one: {'params': [p for name, p in model.named_parameters() if 'token_pruner.' in name]}."
         )
     return held[0]
 

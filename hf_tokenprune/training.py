@@ -30,6 +30,7 @@ from .trainer import (
     log_first,
     loss_scale,
     note_labels,
+    run_folder,
     scaler_of,
 )
 from .trainer_card import complete, follow
@@ -43,6 +44,9 @@ class TokenPruneCallback(TrainerCallback):
     Give it to the Trainer's constructor. There the model becomes `TokenPruned<its class>`, with gates among its parameters,
     before the optimizer is made. Every checkpoint the Trainer writes is a complete model that loads with
     `AutoModelFor....from_pretrained(folder, trust_remote_code=True)`, and resumes exactly.
+
+    Every loss term of pruning is logged by its name. `loss` in the log includes them where the model computes the loss, and does not
+    where the Trainer or its compute_loss does.
 
     The Trainers of sentence-transformers take it, too; `integrations.sentence_transformers` says what pooling reads then.
 
@@ -67,6 +71,7 @@ class TokenPruneCallback(TrainerCallback):
         self.objective = None
         self.total = 0
         self.told = False
+        self.ran = False  # the encoder, in the current step
         self.meters = {}
         self.settled = None  # counts what is spent since nothing is chosen any more
         self.reached = None  # the share of the dense model's MACs that it is, once training is over
@@ -146,7 +151,7 @@ class TokenPruneCallback(TrainerCallback):
         check_checkpointing(model)
         reshard(model)
         gates = list(self.inner.token_pruner.training_state.parameters())
-        group = group_of(optimizer, gates, list(self.objective.parameters()))
+        group = group_of(optimizer, gates, list(self.objective.parameters()), given=self.watch is not None)
         self.objective.sharded = has_engine(optimizer) or is_sharded(model)
         self.objective.forgets = not has_engine(optimizer)  # an engine keeps its moments to itself
         if state.global_step == 0:
@@ -190,7 +195,7 @@ class TokenPruneCallback(TrainerCallback):
             teacher = _merged(teacher) if isinstance(teacher, nn.Module) else teacher
             self.objective.teacher = find_teacher(teacher, self.inner, kwargs.get("processing_class"))
         elif self.method.teacher == "self" and state.global_step > dense:
-            self.objective.teacher = load_teacher(args.output_dir, self.objective.teacher_number, self.inner.device)
+            self.objective.teacher = load_teacher(run_folder(args), self.objective.teacher_number, self.inner.device)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         step, plan = state.global_step, self.method.schedule
@@ -203,12 +208,13 @@ class TokenPruneCallback(TrainerCallback):
         if step == dense and self.method.teacher == "self":
             self.objective.teacher = dense_copy(_merged(model))
             if args.should_save:
-                self.objective.teacher_number = save_teacher(self.objective.teacher, args.output_dir)
+                self.objective.teacher_number = save_teacher(self.objective.teacher, run_folder(args))
         self.objective.moment = self.method.schedule.at(step, self.total)
         # Fewer than usual in the last step of an epoch.
         now = getattr(calling_trainer(), "current_gradient_accumulation_steps", None)
         self.objective.accumulation = now or args.gradient_accumulation_steps
         self.objective.begin_step()
+        self.ran = self.objective.called = False
         self.objective.measures_gap = args.logging_strategy == "steps" and (step + 1) % max(state.logging_steps, 1) == 0
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -224,6 +230,12 @@ class TokenPruneCallback(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        if self.ran and not self.objective.called:
+            raise TrainingError(
+                "This Trainer's compute_loss calls a part of the model (model.bert, say), or the model in evaluation mode: no gate "
+                "was in force, and none would learn. Call model(...), in training mode, and compute the loss from its outputs: its "
+                "logits, or with output_hidden_states=True what you need of its hidden states."
+            )
         if args.world_size > 1 and self.method.cuts_weights and self.objective.wrapper is None:
             raise TrainingError(
                 f"{type(self.method).__name__} cuts weights in mid-run, and several processes can only go on after that inside of "
@@ -332,6 +344,7 @@ class TokenPruneCallback(TrainerCallback):
         self.inner.token_pruner.evaluation = evaluation_of_log(history, prefix, metric, dense, unpruned)
 
     def _measure(self, pruner):
+        self.ran = True
         self.meters[self.inner.training].update()
         if self.inner.training and self.settled is not None and self.objective.moment.phase == "settle":
             self.settled.update()

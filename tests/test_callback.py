@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from families import build
 from training_helpers import Recorder, Texts, kept_bins, spent_share, top, trained, trainer_for
+from transformers import Trainer
 
 import hf_tokenprune as tp
 
@@ -25,6 +26,46 @@ def test_an_optimizer_made_before_the_gates_is_refused(tmp_path):
     trainer = trainer_for(tmp_path, top(), model=model, optimizers=(optimizer, None))
     with pytest.raises(tp.errors.TrainingError, match="optimizer was made before the gates"):
         trainer.train()
+
+
+class LayerByLayer(Trainer):
+    """Each part of the model has a learning rate of its own."""
+
+    parts = ("embeddings", "layer.0.", "layer.1.", "layer.2.", "layer.3.", "pooler", "classifier")
+
+    def create_optimizer(self, *_):
+        named = list(self.model.named_parameters())
+        groups = [{"params": [p for name, p in named if part in name], "lr": 1e-3} for part in self.parts]
+        self.optimizer = torch.optim.AdamW(groups)
+        return self.optimizer
+
+
+class WithGates(LayerByLayer):
+    parts = (*LayerByLayer.parts, "token_pruner.")
+
+
+def test_an_optimizer_whose_groups_leave_out_the_gates_is_refused(tmp_path):
+    with pytest.raises(tp.errors.TrainingError, match=r"this Trainer makes leaves out the gates.*'token_pruner\.' in name\]"):
+        trainer_for(tmp_path, top(), trainer=LayerByLayer).train()
+    assert spent_share(trained(tmp_path, trainer=WithGates).model, Texts()) < 0.51
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_gates_that_were_frozen_are_refused(tmp_path, own):
+    """All but the head, after the Trainer was made; what leaves out the gates works."""
+    callback = tp.TokenPruneCallback(top())
+    model = callback.attach(build("bert", HEAD))
+    optimizers = (torch.optim.AdamW(model.parameters(), lr=1e-3) if own else None, None)
+    trainer = trainer_for(tmp_path, model=model, callbacks=[callback], optimizers=optimizers)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "classifier" in name
+    with pytest.raises(tp.errors.TrainingError, match="gates are frozen"):
+        trainer.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "classifier" in name or "token_pruner." in name
+    trainer = trainer_for(tmp_path, model=model, callbacks=[callback])
+    trainer.train()
+    assert spent_share(model, Texts()) < 0.51
 
 
 def test_an_optimizer_made_after_attach_works(tmp_path):

@@ -147,6 +147,19 @@ def test_a_run_is_resumed_with_the_method_it_began_with(tmp_path, what, asked):
         trainer.train(resume_from_checkpoint=asked if asked is True else str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("alone", [False, True], ids=["whole", "save_only_model"])
+def test_a_checkpoint_of_a_run_without_the_callback_is_none_of_ours(tmp_path, alone, packed):
+    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "save_only_model": alone}
+    model = tp.pack(build("bert", HEAD)) if packed else build("bert", HEAD)
+    trainer_for(tmp_path, model=model, **arguments).train()
+    trainer = trainer_for(tmp_path, top(), **arguments)
+    with pytest.raises(tp.errors.TrainingError, match=r"checkpoint-6 is of a run without .*Schedule\(dense=0\)"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    assert spent_share(trainer.model, Texts()) < 0.51
+
+
 def test_a_budget_that_changes_on_resuming_is_told(tmp_path, caplog):
     trainer_for(tmp_path, top(), max_steps=6, save_strategy="steps", save_steps=3).train()
     trainer = trainer_for(tmp_path, top(target_macs=0.6), max_steps=6)

@@ -73,6 +73,25 @@ def test_a_teacher_with_another_head_is_refused_before_any_step(tmp_path):
     assert trainer.state.global_step == 0
 
 
+NAMES = ["contradiction", "neutral", "entailment"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "right"),
+    [(NAMES[::-1], False), (["LABEL_2", "LABEL_1", "LABEL_0"], True), ([name.upper() for name in NAMES], True)],
+)
+def test_a_teacher_that_has_the_same_labels_in_another_order_is_refused(tmp_path, labels, right):
+    student, teacher = build("bert", HEAD), build("bert", HEAD, seed=3)
+    student.config.id2label, teacher.config.id2label = dict(enumerate(NAMES)), dict(enumerate(labels))
+    trainer = trainer_for(tmp_path, top(teacher=teacher), model=student, max_steps=3, data=Texts(24))
+    if right:
+        trainer.train()
+        return
+    with pytest.raises(tp.errors.TrainingError, match=f"{', '.join(labels)}, in this order.*{', '.join(NAMES)}: each"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_a_model_with_another_head_than_its_config_says_is_refused_at_once(tmp_path):
     """It could not be opened again."""
     model = build("bert", HEAD)

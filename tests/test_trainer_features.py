@@ -109,6 +109,24 @@ def test_hyperparameter_search(tmp_path):
     assert all(target - 0.05 < share < target + 0.01 for target, share in spent)
 
 
+def test_each_trial_keeps_its_own_teacher(tmp_path):
+    """So that any of them can be gone on with."""
+    callback = tp.TokenPruneCallback(top())
+    trainer = trainer_for(
+        tmp_path, callbacks=[callback], model_init=lambda: callback.attach(build("bert", HEAD)), eval_strategy="steps", eval_steps=12,
+        save_strategy="steps", save_steps=6,
+    )  # fmt: skip
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3, log=True)},
+        n_trials=2,
+        backend="optuna",
+    )
+    assert not (tmp_path / "_teacher").exists()
+    first = trainer_for(tmp_path / "run-0", top())
+    first.train(resume_from_checkpoint=str(tmp_path / "run-0" / "checkpoint-6"))
+    assert spent_share(first.model, Texts()) < 0.51
+
+
 def GridSampler():
     import optuna
 

@@ -178,6 +178,19 @@ def test_gates_that_are_all_but_certain_are_told_apart(make):
     assert 0.36 < gates.harden(gated=True) <= 0.4 + 1e-5
 
 
+@pytest.mark.parametrize("name", ["macs", "lagrangian", "both"])
+def test_gates_that_are_all_the_same_meet_the_target(name):
+    """As after a first step in which nothing was learned: no layer goes, and none is cut more than others."""
+    make = {"macs": weights, "lagrangian": lambda **s: weights(constraint="lagrangian", **s), "both": both}[name]
+    model, gates = gated(make(target_macs=0.4))
+    gates.progress = 1.0
+    gates.state.start.zero_()
+    assert 0.3 < gates.harden(gated=True) <= 0.4
+    _, heads, units = gates.parts[0].layout.left(model.token_pruner.structure.hard)
+    assert min(map(len, heads)) == max(map(len, heads)) > 0
+    assert min(map(len, units)) == max(map(len, units)) > 0
+
+
 def test_large_groups_are_cut_to_multiples_of_16():
     """As matrix products like it; those of the highest probability are what fills them up."""
     _, gates = gated(weights(), hidden_size=128, intermediate_size=160, num_hidden_layers=2)

@@ -79,6 +79,18 @@ def test_the_same_trainer_goes_back_to_a_checkpoint_as_small_as_its_model_and_to
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
+@pytest.mark.parametrize("name", ["narrow", "weights", "both, narrow"])
+def test_a_model_opened_from_a_checkpoint_that_was_cut_does_not_resume_it(tmp_path, name):
+    """Whether hidden units have gone, or whole layers; with its sites, the method refuses it at once."""
+    make, message = METHODS.get(name), "run began with .* gates, .*make the model and the Trainer anew"
+    if make is None:
+        make, message = (lambda: both(parts=NARROW)), "To resume a run, make the model as it was"
+    dropout_run(tmp_path, make(), save_steps=14)
+    checkpoint = tmp_path / "checkpoint-14"
+    with pytest.raises(tp.errors.ConfigError, match=message):
+        trained(tmp_path, make(), str(checkpoint), model=tp.from_pretrained(checkpoint), max_steps=TOTAL)
+
+
 @pytest.mark.parametrize("best", [8, 14])
 def test_the_best_model_at_the_end_is_one_that_is_cut(tmp_path, best):
     marks = iter([int(step == best) for step in range(2, TOTAL + 1, 2)])

@@ -258,3 +258,45 @@ def test_a_micro_batch_or_a_step_without_labels_is_none(tmp_path, accumulation):
     )  # fmt: skip
     trainer.train()
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+class OfAPart(LossFromLogits):
+    """The encoder is called by itself, as where a Trainer pools in its own way."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        logits = model.classifier(model.bert(**inputs).pooler_output)
+        loss = functional.cross_entropy(logits, labels)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+class InEvaluationMode(LossFromLogits):
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        return super().compute_loss(model.eval(), inputs, return_outputs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("dense", [0, 1])
+@pytest.mark.parametrize("kind", [OfAPart, InEvaluationMode])
+def test_a_loss_that_passes_by_the_gates_is_refused_in_the_first_step(tmp_path, kind, dense, accumulation):
+    method = tp.StructuredPruning(target_macs=0.5, schedule=tp.Schedule(dense=dense, anneal=1, settle=1))
+    trainer = trainer_for(tmp_path, method, trainer=kind, gradient_accumulation_steps=accumulation)
+    with pytest.raises(tp.errors.TrainingError, match=r"calls a part of the model.* Call model\(\.\.\.\)"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+class NowAndThen(Trainer):
+    """It passes over a batch, and looks at the encoder besides."""
+
+    def training_step(self, model, inputs, *args):
+        if self.state.global_step % 3 == 1:
+            return torch.zeros(())
+        with torch.no_grad():
+            model.bert(input_ids=inputs["input_ids"])
+        return super().training_step(model, inputs, *args)
+
+
+def test_a_batch_that_is_passed_over_is_no_such_loss(tmp_path):
+    assert 0.45 < spent_share(trained(tmp_path, trainer=NowAndThen).model, Texts()) < 0.51

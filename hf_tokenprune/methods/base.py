@@ -73,6 +73,7 @@ class Objective:
         forgets: what the optimizer remembers of `restarted()` parameters can be dropped.
         wrapper: the `DistributedDataParallel` that called the latest forward, or None.
         forwards: the `Forwards` of the running micro-batch.
+        called: it has run a forward in the current step.
         readout: what the model's outputs are read for, where the model itself does not know: a callable that makes embeddings
             `(B, ...)` of them, which are then distilled; or None.
         traced: a callable `(objective, taught)` that looks at the gradients of the teacher's output and takes them from it; or None.
@@ -93,7 +94,7 @@ class Objective:
         self.measures_gap = False
         self.wrapper, self.sharded, self.forgets = None, False, True
         self.told_kind = False
-        self.forwards = Forwards()
+        self.forwards, self.called = Forwards(), False
         self.readout = None
         self.traced = None
         self._sums, self._counts = defaultdict(float), defaultdict(int)
@@ -216,7 +217,7 @@ class Objective:
 
     @torch.compiler.disable
     def _begin(self):
-        self.wrapper = wrapper_now()
+        self.wrapper, self.called = wrapper_now(), True
         self._count_forward()
         self.pruner.soft = {}
         if self.moment.phase != "dense":

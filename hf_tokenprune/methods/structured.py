@@ -98,7 +98,8 @@ class StructuredPruning(GatedMethod):
         if is_token_pruned(model) and len(model.token_pruner.sites):
             raise ConfigError(
                 "This model drops tokens already. Cut its weights first, or both at once: "
-                "Compose(StructuredPruning(...), ToP(...), target_macs=...)."
+                "Compose(StructuredPruning(...), ToP(...), target_macs=...). To resume a run, make the model as it was when the run "
+                "began; opened from a checkpoint it drops tokens."
             )
         protected = model.token_pruner.protected_ids if is_token_pruned(model) else []
         attach(model, protected_token_ids=protected, method=settings or self.settings())
@@ -160,6 +161,11 @@ class WeightGates(Part):
         if hard is None:
             return {}
         return {layer: self.layout.share(hard, ("attention", layer)) > 0 for layer in range(len(self.blocks))}
+
+    def tie_break(self):
+        """Where gates are equal, as at the start, every layer keeps as large a share of its heads and units, and blocks stay."""
+        order = [torch.linspace(1, 0, where.stop - where.start, dtype=torch.float64) for where in self.layout.parts.values()]
+        return 1e-6 * torch.cat(order)
 
     MULTIPLE = 16  # matrix products are up to 1.4 times slower on sizes between
 

@@ -29,6 +29,8 @@ from .selection import Selector
 from .shapes import replay, shape_map
 from .sizes import sizes_of
 
+ANEW = "Resume from it with a model as it was when the run began: make the model and the Trainer anew."
+
 
 class TokenPruningMixin:
     """What every `TokenPruned...` class adds to its transformers class."""
@@ -65,8 +67,13 @@ class TokenPruningMixin:
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """As `nn.Module._load_from_state_dict`; a model in training is first cut down to the sizes that a later checkpoint has."""
         state = getattr(self.token_pruner, "training_state", None)
-        sizes = state_dict.get(f"{prefix}token_pruner.training_state.sizes")
-        mine = getattr(state, "sizes", None)
+        gates, sizes = (state_dict.get(f"{prefix}token_pruner.training_state.{name}") for name in ("log_odds", "sizes"))
+        own, mine = getattr(state, "log_odds", None), getattr(state, "sizes", None)
+        if gates is not None and own is not None and gates.shape != own.shape:
+            raise ConfigError(
+                f"The checkpoint's run began with {len(gates)} gates, this model has {len(own)}: it is not as it was then (opened "
+                f"from the checkpoint, perhaps, after weights were cut). {ANEW}"
+            )
         if (
             sizes is not None
             and mine is not None
@@ -83,10 +90,7 @@ class TokenPruningMixin:
         if len(have_heads) != len(heads) or any(
             a > b for a, b in zip((hidden, *counts), (have, *have_heads, *have_units), strict=True)
         ):
-            raise ConfigError(
-                "The checkpoint is of a larger model than this one, which has been cut since. Resume from it with a model as it was "
-                "when the run began: make the model and the Trainer anew."
-            )
+            raise ConfigError(f"The checkpoint is of a larger model than this one, which has been cut since. {ANEW}")
         if (hidden, heads, units) != (have, have_heads, have_units):
             shorter = range(hidden) if hidden < have else None
             resize(self, heads=[range(n) for n in heads], units=[range(n) for n in units], hidden=shorter)
