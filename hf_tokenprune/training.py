@@ -13,6 +13,7 @@ from .checkpoints import resume_complete
 from .cost import CostMeter
 from .errors import TokenPruneError, TrainingError, UnsupportedModelError
 from .integrations import sentence_transformers
+from .loading import go_on_with_own_code
 from .modeling.architectures import is_sharded, transformers_model
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
 from .modeling.shapes import shape_map
@@ -87,6 +88,7 @@ class TokenPruneCallback(TrainerCallback):
             >>> Trainer(model_init=model_init, callbacks=[callback], ...)  # doctest: +SKIP
         """
         inner = transformers_model(model)
+        go_on_with_own_code(inner)
         check_can_be_saved(inner)
         adapters, base = _adapters(model), None
         if adapters is not None:
