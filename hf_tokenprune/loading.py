@@ -6,7 +6,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import ConfigError, UnsupportedInputError, UnsupportedModelError
-from .modeling.modeling_token_pruned import token_pruned_class
+from .modeling.modeling_token_pruned import is_token_pruned, mount, token_pruned_class
+from .modeling.pruner import TokenPruner
 from .modeling.pruning_config import read_config
 from .modeling.shapes import MOST_LAYERS
 
@@ -86,6 +87,21 @@ def open_as(config, folder_or_id, **kwargs):
     read_config(settings)
     kwargs.setdefault("use_safetensors", True)  # never saved otherwise, so anything else is not ours
     return token_pruned_class(dense_class).from_pretrained(folder_or_id, config=config, **kwargs)
+
+
+def go_on_with_own_code(model):
+    """Give a transformers model that the code in its folder has opened (`trust_remote_code=True`) the pruner of this package in its
+    place: selectors of the folder's classes, however alike, are none that methods know. Any other model is left as it is.
+
+    Raises:
+        ConfigError: its `config.token_pruning` is from a newer version.
+    """
+    if not is_token_pruned(model) or isinstance(model.token_pruner, TokenPruner):
+        return
+    settings = read_config(model.config.token_pruning)
+    pruner = TokenPruner(model, settings).float()
+    pruner.load_state_dict(model.token_pruner.state_dict())
+    mount(model, pruner, settings)
 
 
 def _check_counts(config, folder_or_id):

@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import default_compute_objective
@@ -41,6 +42,20 @@ def note_labels(trainer, callback):
         return compute(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = compute_loss
+
+
+def save_encoder_too(trainer, callback):
+    """Where a Trainer writes the bare weights of a module of the user's own, write the encoder in it as a folder of its own, before
+    them: no file of theirs says what was cut and what is dropped."""
+    save = trainer.save_model
+
+    @functools.wraps(save)
+    def save_model(output_dir=None, *args, **kwargs):
+        if callback.place is not None and trainer.args.should_save:
+            callback.inner.save_pretrained(Path(output_dir or trainer.args.output_dir) / callback.place)
+        return save(output_dir, *args, **kwargs)
+
+    trainer.save_model = save_model
 
 
 def forget_what_is_gone(optimizer, model, _incompatible_keys):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 from importlib import import_module
+from pathlib import Path
 
 from torch import nn
 from transformers import TrainerCallback
@@ -13,6 +14,7 @@ from .checkpoints import resume_complete
 from .cost import CostMeter
 from .errors import TokenPruneError, TrainingError, UnsupportedModelError
 from .integrations import sentence_transformers
+from .loading import go_on_with_own_code
 from .modeling.architectures import is_sharded, transformers_model
 from .modeling.modeling_token_pruned import attach, check_can_be_saved, detach, is_token_pruned
 from .modeling.shapes import shape_map
@@ -31,6 +33,7 @@ from .trainer import (
     loss_scale,
     note_labels,
     run_folder,
+    save_encoder_too,
     scaler_of,
 )
 from .trainer_card import complete, follow
@@ -47,6 +50,10 @@ class TokenPruneCallback(TrainerCallback):
 
     Every loss term of pruning is logged by its name. `loss` in the log includes them where the model computes the loss, and does not
     where the Trainer or its compute_loss does.
+
+    Of a module of your own around an encoder the Trainer writes the weights alone. The encoder is then saved beside them, in a folder
+    named after its place in the module: `module.bert = from_pretrained("run/bert")`, and then
+    `module.load_state_dict(load_file("run/model.safetensors"), strict=False)`; what is left over there is of the training.
 
     The Trainers of sentence-transformers take it, too; `integrations.sentence_transformers` says what pooling reads then.
 
@@ -68,6 +75,7 @@ class TokenPruneCallback(TrainerCallback):
             raise TrainingError(f"TokenPruneCallback({method!r}): give it a method, for instance ToP(target_macs=0.4).")
         self.method = method
         self.model = self.inner = None
+        self.place = None  # of the encoder in a module of the user's own
         self.objective = None
         self.total = 0
         self.told = False
@@ -92,6 +100,7 @@ class TokenPruneCallback(TrainerCallback):
             >>> Trainer(model_init=model_init, callbacks=[callback], ...)  # doctest: +SKIP
         """
         inner = transformers_model(model)
+        go_on_with_own_code(inner)
         check_can_be_saved(inner)
         adapters, base = _adapters(model), None
         if adapters is not None:
@@ -108,7 +117,7 @@ class TokenPruneCallback(TrainerCallback):
         if adapters is not None:
             adapters.adopt(model, base)
         sentence_transformers.prepare(model, self.objective)
-        self.model, self.inner = model, inner
+        self.model, self.inner, self.place = model, inner, _place(model, inner)
         self.meters = {mode: CostMeter(inner) for mode in (True, False)}
         inner.token_pruner.meter = self._measure
         return model
@@ -136,6 +145,7 @@ class TokenPruneCallback(TrainerCallback):
             resume_complete(trainer)
             count_evaluations_alone(trainer, self)
             note_labels(trainer, self)
+            save_encoder_too(trainer, self)
         log_first(self)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -312,7 +322,11 @@ class TokenPruneCallback(TrainerCallback):
             )
 
     def on_push_begin(self, args, state, control, **kwargs):
-        if self.model is not None and state.is_world_process_zero and _adapters(self.model) is None:
+        if self.model is None or not state.is_world_process_zero:
+            return
+        if self.place is not None:
+            self.inner.save_pretrained(Path(args.output_dir) / self.place)
+        elif _adapters(self.model) is None:
             complete(self.inner, args.output_dir, state.global_step)
 
     def _steps_of_phases(self, steps):
@@ -363,6 +377,15 @@ def _check_hidden(model, inner):
             f"{type(model).__name__} (pooling, a head, a loss), whose own sizes nobody would cut. Leave 'hidden' out: "
             "parts=('heads', 'units', 'blocks')."
         )
+
+
+def _place(model, inner):
+    """Where the encoder is in a module of the user's own (`bert`), of which the Trainer saves nothing but a state dict; None if the
+    model is one that is saved by itself."""
+    if _adapters(model) is not None or sentence_transformers.is_its(model):
+        return None
+    name = next(name for name, module in model.named_modules() if module is inner)
+    return ".".join(part for part in name.split(".") if part != "_orig_mod") or None  # of torch.compile
 
 
 def _adapters(model):

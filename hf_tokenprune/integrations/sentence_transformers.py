@@ -93,6 +93,11 @@ def _create_card(model, path, model_name=None, *args, **kwargs):
         describe(inner, path, model_name if pushed else None)
 
 
+def is_its(model):
+    """Is this a model of sentence-transformers?"""
+    return any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
+
+
 def prepare(model, objective):
     """Make a model of sentence-transformers ready for its Trainer; another is left as it is.
 
@@ -103,7 +108,7 @@ def prepare(model, objective):
         model: what the Trainer trains.
         objective: the method's `Objective` for the transformers model in it.
     """
-    if not any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__):
+    if not is_its(model):
         return
     _complete_cards(model)
     inner = transformers_model(model)
