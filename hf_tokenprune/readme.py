@@ -7,7 +7,6 @@ that.
 """
 
 import functools
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ from .model_card import (
     sentence_class_of,
 )
 from .modeling.modeling_token_pruned import TokenPruningMixin
-from .weights import number_of
+from .weights import number_of_model
 from .writing import write_file
 
 logger = logging.get_logger(__name__)
@@ -162,20 +161,16 @@ def write_card(
 
 def of_weights(evaluation: Mapping, folder: str | os.PathLike) -> dict:
     """An evaluation that says of which weights and selection it is: those in a folder, if there are any."""
-    number = _number(folder)
+    number = number_of_model(folder)
     return {**evaluation, **({} if number is None else {"weights": number})}
 
 
 def known_results(text: str | None, folder: str | os.PathLike) -> dict | None:
     """The evaluation that a text of README.md holds, if it says that it is of the weights and selection in a folder."""
     found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get(DATA) if text and DATA in text else None
-    if not isinstance(found, dict) or found.get("weights") is None or found["weights"] != _number(folder):
+    if not isinstance(found, dict) or found.get("weights") is None or found["weights"] != number_of_model(folder):
         return None
     return found
-
-
-def _number(folder):
-    return number_of(folder, json.dumps(read_folder(folder)["token_pruning"], sort_keys=True))
 
 
 def describe(model, folder, repo_id=None, append=False, plot=False, weights=None):
