@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from .errors import ConfigError
+from .loading import refuse_adapter
 from .methods import METHODS, ToP
 from .modeling.pruning_config import read_config
 from .results import told_busy
@@ -26,6 +27,7 @@ SECTION = re.compile(
     r"<!-- hf_tokenprune: begin ?(?P<print>\w*) ?(?P<rest>\w*) ?(?P<edited>\w*) -->(?P<text>.*?)<!-- hf_tokenprune: end -->",
     re.S,
 )
+TAGS = ("token-pruning", "custom_code", "structured-pruning")  # the last where weights were cut
 SENTENCE_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 KNOWN = {kind.name: kind for kind in METHODS}
 
@@ -37,7 +39,7 @@ def make_card(
     *,
     name: str,
     repo_id: str | None = None,
-    base_model: str | None = None,
+    base_model: str | Sequence[str] | None = None,
     license: str | None = None,
     plot: str | None = None,
     sentence_class: str | None = None,
@@ -50,7 +52,7 @@ def make_card(
         evaluation: what was measured, see `results.py`.
         name: the title, and the model's name in the `model-index`.
         repo_id: where it is to be found on the Hub; by default the examples speak of a folder of that name.
-        base_model: the id of the model it was fine-tuned from.
+        base_model: the id of the model it was fine-tuned from, or the ids of several.
         license: of the weights, as the Hub names it, such as "apache-2.0".
         plot: a picture that lies beside it.
         sentence_class: the class of sentence-transformers that opens it, see `sentence_class_of`; None = transformers does.
@@ -61,8 +63,9 @@ def make_card(
     pruning = read_config(config.get("token_pruning"))
     evaluation = dict(evaluation or {})
     architecture = (config.get("architectures") or ["PreTrainedModel"])[0]
-    tags = ["token-pruning", "custom_code", *(["structured-pruning"] if pruning.get("shapes") else [])]
+    tags = [*TAGS[:2], *TAGS[2:] * bool(pruning.get("shapes"))]
     pipeline = _pipeline_of(architecture)
+    bases = as_list(base_model)
     known = {name: value for name, value in (("pipeline_tag", pipeline), (DATA, evaluation)) if value}
     data = ModelCardData(
         base_model=base_model,
@@ -79,7 +82,7 @@ def make_card(
     parts = {
         "name": name,
         "loading": _loading(sentence_class, next(iter(config.get("auto_map") or {}), "AutoModel"), repo_id or name),
-        "summary": _summary(architecture, pruning, evaluation, base_model),
+        "summary": _summary(architecture, pruning, evaluation, bases),
         "rows": _rows(evaluation),
         "tokens": f"on {evaluation['tokens']:.0f} tokens per text" if "tokens" in evaluation else "on the evaluation data",
         "max_length": f"{evaluation['max_length']} tokens" if "max_length" in evaluation else None,
@@ -87,11 +90,11 @@ def make_card(
         "plot": plot if evaluation.get("kept") else None,
         "made": _made(pruning, evaluation.get("kept", ())),
         "settings": json.dumps(pruning["method"], indent=2) if pruning.get("method") else None,
-        "plain": "" if sentence_class else _plain(pruning),
+        "plain": _plain(pruning),
         "hashes": "\n".join(f"{hashlib.sha256(content).hexdigest()}  {file}" for file, content in sorted(code.items())),
         "licence": f"The weights: {license}."
         if license
-        else f"The weights follow the licence of {base_model or 'their base model'}.",
+        else f"The weights follow the licence of {', '.join(bases) or 'their base model'}.",
         **(_times(latency) if latency else {}),
     }
     card = ModelCard.from_template(data, template_path=str(TEMPLATE), **parts)
@@ -110,6 +113,7 @@ def read_folder(folder: Path) -> dict:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
+        refuse_adapter(folder)
         raise ConfigError(f"{folder} holds no model: there is no config.json that can be read.") from None
     except ValueError as error:
         raise ConfigError(f"{file} is damaged: {error}.") from None
@@ -159,17 +163,32 @@ def name_of(place: str | os.PathLike) -> str:
     return path.parent.name if re.fullmatch(r"checkpoint-\d+", path.name) else path.name
 
 
-def base_of(name: str | None) -> str | None:
-    """The id on the Hub of the model that a model was loaded from, if that can be told from `config.name_or_path`."""
+def base_of(name: str | None) -> str | list[str] | None:
+    """The id on the Hub (or ids) of what a model was loaded from, if that can be told from `config.name_or_path`."""
     if not name:
         return None
     if os.path.isdir(name):
         file = Path(name) / FILE
         if not file.is_file():
             return None
-        found = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.base_model
-        return found if isinstance(found, str) else None
+        return ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.base_model
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name) else None
+
+
+def as_list(value) -> list:
+    """An entry of the metadata that is one thing, several, or missing."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
+
+
+def has_our_index(data: Mapping) -> bool:
+    """Is the `model-index` in the metadata of a card what `make_card` made of the evaluation there, or empty?"""
+    found = [result for model in data.get("model-index") or () for result in model.get("results") or ()]
+    evaluation = data.get(DATA)
+    if not found or not isinstance(evaluation, Mapping) or "metric" not in evaluation:
+        return not found
+    made = ModelCardData(model_name="any", eval_results=_eval_results(evaluation, None)).to_dict().get("model-index")
+    # The task that it names is told by the model's class, which may be another by now.
+    return made is not None and [{**result, "task": None} for result in found] == [{**made[0]["results"][0], "task": None}]
 
 
 def fingerprint(text: str) -> str:
@@ -202,10 +221,9 @@ def _eval_results(evaluation, pipeline):
     ]
 
 
-def _summary(architecture, pruning, evaluation, base_model):
-    what = f"A `{architecture}`" + (
-        f", fine-tuned from [{base_model}](https://huggingface.co/{base_model})," if base_model else ""
-    )
+def _summary(architecture, pruning, evaluation, bases):
+    links = ", ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
+    what = f"A `{architecture}`" + (f", fine-tuned from {links}," if links else "")
     reduction = evaluation.get("reduction", {}).get("true_length")
     spends = f": {reduction:.2f} times fewer MACs than the dense model on the same texts" if reduction else ""
     target = (pruning.get("method") or {}).get("target_macs")

@@ -7,10 +7,9 @@ that.
 """
 
 import functools
-import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -21,17 +20,21 @@ from .model_card import (
     FILE,
     PLOT,
     SECTION,
+    SENTENCE_CLASSES,
+    TAGS,
+    as_list,
     base_of,
     code_of,
     draw,
     fingerprint,
+    has_our_index,
     make_card,
     name_of,
     read_folder,
     sentence_class_of,
 )
 from .modeling.modeling_token_pruned import TokenPruningMixin
-from .weights import number_of
+from .weights import number_of_model
 from .writing import write_file
 
 logger = logging.get_logger(__name__)
@@ -42,6 +45,9 @@ EDITED = "edited"  # beside the fingerprints: a person has a part in the text
 BY_SENTENCE_TRANSFORMERS = "*Clearly define terms in order to be accessible across audiences.*"
 BY_TRAINER = "generated automatically according to the information the Trainer had access to"
 BY_TRANSFORMERS = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+
+# The code of sentence-transformers' own cards, which would open a dense model.
+THEIR_CODE = re.compile(rf'^(model = (?:{"|".join(SENTENCE_CLASSES)})\("[^"\n]*")\)$', re.M)
 
 METADATA = re.compile(r"\A\s*---\r?\n.*?\n---[ \t]*\r?\n", re.S)
 
@@ -70,11 +76,13 @@ def update(card: ModelCard, existing: str | None, append: bool = False, edited: 
         text = f"{theirs.text.rstrip()}\n\n{ours[0]}\n"
     else:
         text = card.text if _is_bare(theirs.text) else SECTION.sub(lambda _: ours[0], theirs.text, count=1)
+    if BY_SENTENCE_TRANSFORMERS in text:
+        text = THEIR_CODE.sub(r"\1, trust_remote_code=True)", text)
     old, new = theirs.data.to_dict(), card.data.to_dict()
-    if DATA in old or not any(model.get("results") for model in old.get("model-index") or ()):
-        old.pop("model-index", None)  # it was ours, or is empty
+    if has_our_index(old):
+        old.pop("model-index", None)
     old.pop(DATA, None)
-    tags = list(dict.fromkeys([*_list(old.pop("tags", None)), *new.pop("tags")]))
+    tags = list(dict.fromkeys([*as_list(old.pop("tags", None)), *new.pop("tags", ())]))
     return _sealed(str(_with(theirs, {**new, **old, "tags": tags}, text)), edited or is_edited(existing))
 
 
@@ -92,7 +100,7 @@ def is_edited(text: str) -> bool:
 def is_changed(text: str) -> bool:
     """Has anybody but this package changed a text of README.md since this package or a Trainer wrote it, as far as can be told?"""
     section = SECTION.search(text)
-    if BY_TRANSFORMERS in text or _is_pefts(text):
+    if BY_TRANSFORMERS in text or (section is None and _is_pefts(text)):
         return False
     if section is None:
         return not _is_completed(text)
@@ -104,16 +112,20 @@ def is_changed(text: str) -> bool:
 
 
 def lines_of(text: str) -> set[str]:
-    """What a text of README.md says outside of our section and its metadata, line by line."""
-    body = SECTION.sub("", ModelCard(text, ignore_metadata_errors=True).text)
-    return {line.strip() for line in body.splitlines()} - {""}
+    """What a text of README.md says outside of our section and of what is ours among its metadata, line by line."""
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data = card.data.to_dict()
+    ours = {DATA, *(["model-index"] if has_our_index(data) else [])}
+    entries = {f"{name}: {value}" for name in data.keys() - ours for value in as_list(data[name])}
+    lines = {line.strip() for line in SECTION.sub("", card.text).splitlines()} - {""}
+    return lines | entries - {f"tags: {tag}" for tag in TAGS}
 
 
 def write_card(
     folder: str | os.PathLike,
     evaluation: Mapping | None = None,
     *,
-    base_model: str | None = None,
+    base_model: str | Sequence[str] | None = None,
     append: bool = False,
     plot: bool = False,
     repo_id: str | None = None,
@@ -125,7 +137,7 @@ def write_card(
     Args:
         folder: where the model was saved.
         evaluation: what was measured, see `results.py`; by default what the present card says of the same weights.
-        base_model: the id of the model it was fine-tuned from.
+        base_model: the id of the model it was fine-tuned from, or the ids of several.
         append: also add the section to a README.md that has none.
         plot: draw `tokens_per_layer.png`, if matplotlib is installed.
         repo_id: where it is to be found on the Hub.
@@ -162,20 +174,16 @@ def write_card(
 
 def of_weights(evaluation: Mapping, folder: str | os.PathLike) -> dict:
     """An evaluation that says of which weights and selection it is: those in a folder, if there are any."""
-    number = _number(folder)
+    number = number_of_model(folder)
     return {**evaluation, **({} if number is None else {"weights": number})}
 
 
 def known_results(text: str | None, folder: str | os.PathLike) -> dict | None:
     """The evaluation that a text of README.md holds, if it says that it is of the weights and selection in a folder."""
     found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get(DATA) if text and DATA in text else None
-    if not isinstance(found, dict) or found.get("weights") is None or found["weights"] != _number(folder):
+    if not isinstance(found, dict) or found.get("weights") is None or found["weights"] != number_of_model(folder):
         return None
     return found
-
-
-def _number(folder):
-    return number_of(folder, json.dumps(read_folder(folder)["token_pruning"], sort_keys=True))
 
 
 def describe(model, folder, repo_id=None, append=False, plot=False, weights=None):
@@ -235,7 +243,3 @@ def _with(card, data, text):
         card.data.__dict__["model-index"] = index  # to the letter, also what ModelCardData would not read
     card.text = text
     return card
-
-
-def _list(value):
-    return [value] if isinstance(value, str) else list(value or ())
