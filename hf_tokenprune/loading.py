@@ -71,7 +71,11 @@ def from_pretrained(folder_or_id, **kwargs):
 
 def refuse_adapter(folder_or_id, **hub):
     """Raise `ConfigError` if an adapter lies there, which is no model of its own; `hub`: of `from_pretrained`, those in `HUB`."""
-    if find_adapter_config_file(folder_or_id, **hub):
+    try:
+        found = find_adapter_config_file(folder_or_id, **hub)
+    except (OSError, ValueError):  # neither a folder nor a repository
+        return
+    if found:
         raise ConfigError(
             f"{folder_or_id} holds an adapter, not a model. Merge it first: model = PeftModel.from_pretrained(base, "
             f"{str(folder_or_id)!r}), which needs an import of hf_tokenprune if the adapter drops tokens, and "

@@ -113,7 +113,8 @@ def read_folder(folder: Path) -> dict:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        refuse_adapter(folder)
+        if Path(folder).is_dir():
+            refuse_adapter(folder)
         raise ConfigError(f"{folder} holds no model: there is no config.json that can be read.") from None
     except ValueError as error:
         raise ConfigError(f"{file} is damaged: {error}.") from None
@@ -177,7 +178,7 @@ def base_of(name: str | None) -> str | list[str] | None:
 
 def as_list(value) -> list:
     """An entry of the metadata that is one thing, several, or missing."""
-    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None or value == "" else [value]
 
 
 def has_our_index(data: Mapping) -> bool:

@@ -151,7 +151,7 @@ def write_card(
         ConfigError: there is no token-pruned model in the folder.
     """
     folder = Path(folder)
-    file = folder / FILE
+    config, file = read_folder(folder), folder / FILE
     existing = file.read_text(encoding="utf-8") if file.exists() else None
     picture, has_plot = (draw(evaluation) if plot and evaluation else None), False
     if evaluation:
@@ -159,7 +159,7 @@ def write_card(
     elif evaluation := known_results(existing, weights or folder):
         has_plot = f"({PLOT})" in existing
     card = make_card(
-        read_folder(folder), code_of(folder), evaluation, name=name_of(repo_id or folder), repo_id=repo_id,
+        config, code_of(folder), evaluation, name=name_of(repo_id or folder), repo_id=repo_id,
         base_model=base_model, license=license, plot=PLOT if picture or has_plot else None,
         sentence_class=sentence_class_of(folder),
     )  # fmt: skip

@@ -14,7 +14,6 @@ from .errors import ConfigError
 
 NO_SCORES = {"loss", "runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time"}
 BUSY = 1.5  # cores in use in the minute before a measurement
-SCORED = ("task", "split", "metric")
 COUNTS = ("reduction", "max_length", "tokens", "kept")
 OURS = ("macs_realised", "tokens_after_")
 
@@ -61,7 +60,7 @@ def read_results(files: Sequence, settings: Mapping | None = None, weights: int 
     if dense and pruned and _told(dense) != _told(pruned):
         raise ConfigError("The results of the dense and of the pruned model are on different tasks, splits or metrics.")
     if dense and not pruned:
-        pruned = {name: dense[name] for name in SCORED}
+        pruned = {name: dense[name] for name in ("task", "split", "metric")}
     merged = {**timed, **pruned, **({"latency": timed["latency"]} if timed else {})}
     return {**merged, **({"dense_score": dense["score"]} if dense else {})}
 
