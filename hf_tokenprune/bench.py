@@ -39,6 +39,7 @@ from .subject import (
     tokenise,
     versions,
 )
+from .weights import number_of_model
 
 CONTENDERS = ("hf_padded", "hf_sorted", "packed_dense", "pruned")  # wherever it runs
 DTYPES = ("float32", "bfloat16", "float16")
@@ -74,9 +75,9 @@ def bench(
         device: where to run, such as "cpu" or "cuda"; by default where the model is ("cpu" for a folder).
 
     Returns:
-        A dictionary of plain JSON values: the circumstances (`model`, the settings of the `method` that pruned it, `cpu`, `gpu`,
-        `threads`, `dtype`, `versions`, `load_average`: cores kept busy by all programs in the minute before) and `results`, an entry
-        per batch size:
+        A dictionary of plain JSON values: the circumstances (`model`, a number for the `weights` in its folder, the settings of the
+        `method` that pruned it, `cpu`, `gpu`, `threads`, `dtype`, `versions`, `load_average`: cores kept busy by all programs in the
+        minute before) and `results`, an entry per batch size:
 
         * `ms`: milliseconds per text of each contender, median of the repeats; `ms_each_repeat` lists them all;
         * `macs` per text: `dense` (real tokens only), `dense_padded` (padded to `max_length`), and what each contender spends;
@@ -97,9 +98,10 @@ def bench(
         _check_device(device)
     pairs = are_pairs(texts)
     if isinstance(folder_or_model, nn.Module):
-        model, name = copy_of(transformers_model(folder_or_model)), type(folder_or_model).__name__
+        model, name, weights = copy_of(transformers_model(folder_or_model)), type(folder_or_model).__name__, None
     else:
         model, name = open_model(folder_or_model), str(folder_or_model)
+        weights = number_of_model(folder_or_model)
     check_reads_text(model)
     if tokenizer is None:
         if isinstance(folder_or_model, nn.Module):
@@ -128,6 +130,7 @@ def bench(
     return {
         "model": name,
         "class": type(model).__name__,
+        "weights": weights,
         "method": (getattr(model.config, "token_pruning", None) or {}).get("method"),
         "layers": len(results[0]["tokens_per_layer"]),
         "parameters": sum(p.numel() for p in models["hf_padded"].parameters()),

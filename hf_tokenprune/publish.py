@@ -28,6 +28,7 @@ from .model_card import (
 )
 from .readme import BY_TRANSFORMERS, is_changed, is_edited, known_results, lines_of, of_weights, update
 from .results import joined, read_results
+from .weights import number_of_model
 from .writing import write_file
 
 # What a checkpoint needs to be resumed, pickles, caches and whatever is hidden stay at home.
@@ -100,9 +101,13 @@ def push(
     if repo_id.count("/") != 1:
         raise ConfigError(f"{repo_id!r} is no name of a repository. Say whose it is: user/name.")
     sentence_class = sentence_class_of(folder)
-    evaluation = read_results(results, config["token_pruning"].get("method"))
+    weights = number_of_model(folder) if results else None
+    evaluation = read_results(results, config["token_pruning"].get("method"), weights)
     local = _text(folder / FILE)
     before = _data(local).get(DATA)  # of the card on the Hub it may be about other weights
+    if not isinstance(before, dict) or ("weights" in before and not known_results(local, folder)):
+        before = {}
+    evaluation = joined(before, evaluation)
     token = token or get_token()
     api = HfApi(token=token)
     online = _Online(api, repo_id, revision, private)
@@ -114,9 +119,6 @@ def push(
     pushed, place = _pushed(folder), f"{repo_id}@{revision or 'main'}"
     theirs = there is not None and _is_kept(there, local, repo_id, pushed.get(place))
     current = there if theirs else local
-    if not isinstance(before, dict) or ("weights" in before and not known_results(local, folder)):
-        before = {}
-    evaluation = joined(before, evaluation)
     if evaluation:
         evaluation = of_weights(evaluation, folder)
     picture = draw(evaluation)

@@ -7,7 +7,6 @@ that.
 """
 
 import functools
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ from .model_card import (
     sentence_class_of,
 )
 from .modeling.modeling_token_pruned import TokenPruningMixin
-from .weights import number_of
+from .weights import number_of_model
 from .writing import write_file
 
 logger = logging.get_logger(__name__)
@@ -139,7 +138,7 @@ def write_card(
         ConfigError: there is no token-pruned model in the folder.
     """
     folder = Path(folder)
-    file = folder / FILE
+    config, file = read_folder(folder), folder / FILE
     existing = file.read_text(encoding="utf-8") if file.exists() else None
     picture, has_plot = (draw(evaluation) if plot and evaluation else None), False
     if evaluation:
@@ -147,7 +146,7 @@ def write_card(
     elif evaluation := known_results(existing, weights or folder):
         has_plot = f"({PLOT})" in existing
     card = make_card(
-        read_folder(folder), code_of(folder), evaluation, name=name_of(repo_id or folder), repo_id=repo_id,
+        config, code_of(folder), evaluation, name=name_of(repo_id or folder), repo_id=repo_id,
         base_model=base_model, license=license, plot=PLOT if picture or has_plot else None,
         sentence_class=sentence_class_of(folder),
     )  # fmt: skip
@@ -162,20 +161,16 @@ def write_card(
 
 def of_weights(evaluation: Mapping, folder: str | os.PathLike) -> dict:
     """An evaluation that says of which weights and selection it is: those in a folder, if there are any."""
-    number = _number(folder)
+    number = number_of_model(folder)
     return {**evaluation, **({} if number is None else {"weights": number})}
 
 
 def known_results(text: str | None, folder: str | os.PathLike) -> dict | None:
     """The evaluation that a text of README.md holds, if it says that it is of the weights and selection in a folder."""
     found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get(DATA) if text and DATA in text else None
-    if not isinstance(found, dict) or found.get("weights") is None or found["weights"] != _number(folder):
+    if not isinstance(found, dict) or found.get("weights") is None or found["weights"] != number_of_model(folder):
         return None
     return found
-
-
-def _number(folder):
-    return number_of(folder, json.dumps(read_folder(folder)["token_pruning"], sort_keys=True))
 
 
 def describe(model, folder, repo_id=None, append=False, plot=False, weights=None):

@@ -18,12 +18,13 @@ COUNTS = ("reduction", "max_length", "tokens", "kept")
 OURS = ("macs_realised", "tokens_after_")
 
 
-def read_results(files: Sequence, settings: Mapping | None = None) -> dict:
+def read_results(files: Sequence, settings: Mapping | None = None, weights: int | None = None) -> dict:
     """One evaluation from JSON files of `examples/benchmark/run.py` and of `hf-tokenprune bench --json`.
 
     Args:
         files: the benchmark run of the pruned model, the one of the dense model on the same task, a bench result; any of them.
         settings: of the method that pruned the model; a result of a model with other settings is refused.
+        weights: a number for the model, see `weights.number_of_model`; a bench result of another number is refused.
 
     Raises:
         ConfigError: a file cannot be read, is of neither format, or is about another model.
@@ -41,6 +42,8 @@ def read_results(files: Sequence, settings: Mapping | None = None) -> dict:
                 is_dense, found = False, _of_bench(result)
                 if "method" in result:
                     _check_settings(file, result["method"], settings)
+                if None not in (weights, result.get("weights")) and result["weights"] != weights:
+                    raise ConfigError(f"{file} is of another model: of other weights, or of another selection of tokens.")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -54,7 +57,7 @@ def read_results(files: Sequence, settings: Mapping | None = None) -> dict:
                 f"{file} is the second result of the same kind. Name one run of the model, one of the dense model."
             )
         kind.update(found)
-    if dense and pruned and any(dense[name] != pruned[name] for name in ("task", "split", "metric")):
+    if dense and pruned and _told(dense) != _told(pruned):
         raise ConfigError("The results of the dense and of the pruned model are on different tasks, splits or metrics.")
     if dense and not pruned:
         pruned = {name: dense[name] for name in ("task", "split", "metric")}
@@ -76,12 +79,22 @@ def told_busy(load: float | None) -> str:
 
 def joined(before: Mapping, measured: Mapping) -> dict:
     """An evaluation, and what was measured later. A bench has no score, and counts on texts of its own: where a score is known, what
-    was counted with it stays.
+    was counted with it stays. A score of the dense model stands beside one of the same task, split and metric only.
+
+    Raises:
+        ConfigError: the dense model was measured later, on something else than the score is of.
 
     Example:
         >>> joined({"score": 0.9, "reduction": {"true_length": 2.5}}, {"reduction": {"true_length": 1.9}, "latency": {}})
         {'score': 0.9, 'reduction': {'true_length': 2.5}, 'latency': {}}
     """
+    if "score" in before and "dense_score" in measured and "score" not in measured and _told(before) != _told(measured):
+        raise ConfigError(
+            f"The results are of the dense model, in {_told(measured)}; the score on the model's card is in {_told(before)}. Name a "
+            "result of the pruned model on the same, too, or leave the dense model's away."
+        )
+    if "score" in measured and _told(before) != _told(measured):
+        before = {name: value for name, value in before.items() if name != "dense_score"}
     if "score" in before and "reduction" in before and "score" not in measured:
         measured = {name: value for name, value in measured.items() if name not in COUNTS}
     return {**before, **measured}
@@ -129,6 +142,12 @@ def evaluation_of_log(
     if kept:
         found["kept"] = [kept[layer] for layer in sorted(kept)]
     return found
+
+
+def _told(evaluation):
+    """In what its scores are, in words."""
+    metric, task, split = (evaluation.get(name) for name in ("metric", "task", "split"))
+    return f"{metric} ({task or 'task not known'}, {split or 'split not known'})"
 
 
 def _read(file):

@@ -2,12 +2,19 @@
 
 import contextlib
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 MODULES = "[0-9]*_*/*.safetensors"  # of sentence-transformers, such as 2_Dense/model.safetensors
+
+
+def number_of_model(folder):
+    """A number that tells the weights in a folder, and the selection in its config.json, from any others; None as in `number_of`."""
+    selection = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("token_pruning")
+    return number_of(folder, "" if selection is None else json.dumps(selection, sort_keys=True))
 
 
 def number_of(folder, settings=""):

@@ -1,5 +1,6 @@
 """What was measured of a model stays in its card for as long as the weights are those that it was measured of."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,15 @@ from families import build
 from hub_server import run_as_writer, running_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
+from test_bench import save
 from training_helpers import top, trainer_for
 
 import hf_tokenprune as tp
+from hf_tokenprune.bench import bench
 from hf_tokenprune.model_card import DATA, PLOT
 from hf_tokenprune.publish import push
 from hf_tokenprune.readme import write_card
+from hf_tokenprune.results import joined, read_results
 from hf_tokenprune.trainer_card import complete
 from hf_tokenprune.weights import number_of
 
@@ -143,3 +147,58 @@ def test_weights_of_modules_beside_the_model_count(tmp_path):
     both = number_of(tmp_path)
     save_file({"linear.weight": torch.zeros(2, 2)}, tmp_path / "2_Dense" / "model.safetensors")
     assert len({alone, both, number_of(tmp_path)}) == 3
+
+
+# Results that are named for a push
+
+
+def dense_run(place, task="imdb", split="test", metric="accuracy"):
+    """What a run of the benchmark tells of a dense model."""
+    counts = {
+        "reduction": {"true_length": 1.0, "padded": 2.0},
+        "max_length": 64,
+        "tokens": 20.0,
+        "tokens_per_layer": [20.0] * 4,
+    }
+    run = {"method": "dense", "settings": None, "score": 0.875, "task": task, "split": split, "metric": metric, **counts}
+    place.write_text(json.dumps(run))
+    return place
+
+
+def test_a_dense_score_on_something_else_is_refused(measured, tmp_path):
+    """A Trainer's evaluation does not say what it is on; before anything else is done, so that a dry run tells."""
+    other = dense_run(tmp_path / "stsb.json", "stsb", metric="pearson")
+    for file in (other, dense_run(tmp_path / "imdb.json")):
+        with pytest.raises(tp.errors.ConfigError, match=r"the score on the model's card is in accuracy \(task not known"):
+            push(measured, "user/name", results=[file], dry_run=True)
+    found = read_results([other])
+    with pytest.raises(tp.errors.ConfigError, match=r"in pearson \(stsb, test\)"):
+        joined({"metric": "pearson", "task": "stsb", "split": "validation", "score": 0.5}, found)
+    same = joined({"metric": "pearson", "task": "stsb", "split": "test", "score": 0.5}, found)
+    assert (same["score"], same["dense_score"]) == (0.5, 0.875)
+    assert joined({"metric": "accuracy", "score": 0.5}, {"latency": {}})["metric"] == "accuracy"
+
+
+def test_a_dense_score_goes_when_a_score_on_something_else_comes():
+    before = {"metric": "accuracy", "score": 0.5, "dense_score": 0.75}
+    run = {"metric": "pearson", "task": "stsb", "split": "test", "score": 0.25}
+    assert joined(before, run) == run
+    assert joined({**run, "dense_score": 0.5}, run) == {**run, "dense_score": 0.5}
+
+
+def test_times_of_other_weights_or_another_selection_are_refused(tmp_path):
+    folders = [tmp_path / name for name in ("one", "trained", "selects")]
+    for folder, shift, keep in zip(folders, (0, 1, 0), (0.5, 0.5, 0.25), strict=True):
+        model = tp.attach(build("bert", "ForSequenceClassification"), {1: tp.TopK(keep)})
+        model.classifier.bias.data += shift
+        save(folder, model)
+    file = tmp_path / "bench.json"
+    result = bench(folders[0], ["the cat"], batch_sizes=[1], repeats=1)
+    file.write_text(json.dumps(result))
+    assert "Milliseconds per text" in push(folders[0], "user/name", results=[file], dry_run=True).card
+    for other in folders[1:]:
+        with pytest.raises(tp.errors.ConfigError, match="another model: of other weights"):
+            push(other, "user/name", results=[file], dry_run=True)
+    del result["weights"]  # of an earlier version
+    file.write_text(json.dumps(result))
+    assert push(folders[1], "user/name", results=[file], dry_run=True)
