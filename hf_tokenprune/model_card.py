@@ -172,6 +172,17 @@ def base_of(name: str | None) -> str | None:
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name) else None
 
 
+def has_our_index(data: Mapping) -> bool:
+    """Is the `model-index` in the metadata of a card what `make_card` made of the evaluation there, or empty?"""
+    found = [result for model in data.get("model-index") or () for result in model.get("results") or ()]
+    evaluation = data.get(DATA)
+    if not found or not isinstance(evaluation, Mapping) or "metric" not in evaluation:
+        return not found
+    made = ModelCardData(model_name="any", eval_results=_eval_results(evaluation, None)).to_dict().get("model-index")
+    # The task that it names is told by the model's class, which may be another by now.
+    return made is not None and [{**result, "task": None} for result in found] == [{**made[0]["results"][0], "task": None}]
+
+
 def fingerprint(text: str) -> str:
     """Of the text between the marks; space at the end of lines does not count."""
     return hashlib.sha256("\n".join(line.rstrip() for line in text.strip().splitlines()).encode()).hexdigest()[:16]

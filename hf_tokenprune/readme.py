@@ -24,6 +24,7 @@ from .model_card import (
     code_of,
     draw,
     fingerprint,
+    has_our_index,
     make_card,
     name_of,
     read_folder,
@@ -70,8 +71,8 @@ def update(card: ModelCard, existing: str | None, append: bool = False, edited: 
     else:
         text = card.text if _is_bare(theirs.text) else SECTION.sub(lambda _: ours[0], theirs.text, count=1)
     old, new = theirs.data.to_dict(), card.data.to_dict()
-    if DATA in old or not any(model.get("results") for model in old.get("model-index") or ()):
-        old.pop("model-index", None)  # it was ours, or is empty
+    if has_our_index(old):
+        old.pop("model-index", None)
     old.pop(DATA, None)
     tags = list(dict.fromkeys([*_list(old.pop("tags", None)), *new.pop("tags")]))
     return _sealed(str(_with(theirs, {**new, **old, "tags": tags}, text)), edited or is_edited(existing))

@@ -199,8 +199,17 @@ def test_results_of_somebody_else_stay(folder):
     result = {"task": {"type": "t"}, "dataset": {"name": "d", "type": "d"}, "metrics": [{"type": "m", "value": 7}]}
     index = json.dumps([{"name": "x", "results": [result]}])
     file.write_text(file.read_text().replace("library_name:", f"model-index: {index}\nlibrary_name:"))
+    for score in (0.5, 0.75):
+        write_card(folder, {"metric": "accuracy", "score": score})
+        assert [result.metric_value for result in ModelCard(file.read_text()).data.eval_results] == [7]
+
+
+def test_a_persons_correction_of_our_results_stays(folder):
+    file = folder / "README.md"
     write_card(folder, {"metric": "accuracy", "score": 0.5})
-    assert [result.metric_value for result in ModelCard(file.read_text()).data.eval_results] == [7]
+    file.write_text(file.read_text().replace("name: Unknown", "name: IMDb"))
+    write_card(folder)
+    assert [result.dataset_name for result in ModelCard(file.read_text()).data.eval_results] == ["IMDb"]
 
 
 def test_a_card_that_cannot_be_written_does_not_cost_the_model(tmp_path):
