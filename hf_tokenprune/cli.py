@@ -300,6 +300,10 @@ def _push(arguments, command):
     for name, size in found.files.items():
         print(f"{size:12,}  {name}")
     print(f"{sum(found.files.values()):12,}  bytes in all")
+    for name in found.deleted or ():
+        print(f"deleted there: {name}, which would be opened instead")
+    if found.deleted is None:
+        print("What lies there could not be seen; weights in other files, if any, would be deleted there.")
     if found.card_is_theirs:
         print("README.md was written by hand, so it is published as it is. Let it say: trust_remote_code=True.")
     if found.url is not None:

@@ -26,6 +26,7 @@ from .model_card import (
     read_folder,
     sentence_class_of,
 )
+from .modeling.saving import NUMBER
 from .readme import BY_TRANSFORMERS, is_changed, is_edited, known_results, lines_of, of_weights, update
 from .results import joined, read_results
 from .weights import number_of_model
@@ -37,7 +38,7 @@ LEFT_OUT = [
     "trainer_state.json", "global_step*", "latest", "zero_to_fp32.py",
 ]  # fmt: skip
 PUSHED = "_pushed.json"  # in the folder: by repository and branch, the fingerprint of the README.md pushed last
-WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
+WEIGHTS = re.compile(rf"(model|pytorch_model){NUMBER}\.(safetensors|bin)(\.index\.json)?")  # what transformers opens
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Publication:
         files: sizes in bytes, by path.
         card: the text of README.md.
         card_is_theirs: a person wrote README.md, so it is published as it is.
+        deleted: weights that lie there and go, since they would be opened instead; None if a dry run could not see what lies there.
         url: of the commit; None if nothing was sent.
     """
 
@@ -56,6 +58,7 @@ class Publication:
     files: dict[str, int]
     card: str
     card_is_theirs: bool
+    deleted: list[str] | None
     url: str | None = None
 
 
@@ -81,7 +84,7 @@ def push(
         results: JSON files of what was measured, see `results.read_results`, for the card.
         license: of the weights, as the Hub names it; by default what the present card says.
         token: to log in with; by default the one that `hf auth login` has stored.
-        dry_run: send nothing.
+        dry_run: send nothing; only ask which files are there.
 
     Raises:
         ConfigError: the folder, the name, a result file or a token is missing or does not fit.
@@ -137,16 +140,22 @@ def push(
         contents[PLOT] = picture
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in sorted(contents.items())}
     url = None
+    try:
+        deleted = online.weights(besides=contents)
+    except OSError:
+        if not dry_run:
+            raise
+        deleted = None
     if not dry_run:
         lost = theirs and local is not None and not lines_of(local) <= lines_of(there) and not _is_ours(local)
         if text and not lost and os.access(folder, os.W_OK):
             for name in (FILE, PLOT) if picture else (FILE,):
                 write_file(folder / name, contents[name])
-        url = online.commit(contents)
+        url = online.commit(contents, deleted)
         if os.access(folder, os.W_OK):
             now, here = text or current, _text(folder / FILE)
             write_file(folder / PUSHED, json.dumps({**pushed, place: fingerprint(now) if here == now else None}) + "\n")
-    return Publication(repo_id, sizes, text or current, text is None, url)
+    return Publication(repo_id, sizes, text or current, text is None, deleted, url)
 
 
 def _is_ours(text):
@@ -215,10 +224,14 @@ class _Online:
             except FileNotFoundError:
                 return None
 
-    def commit(self, contents):
-        """Upload everything, then commit it at once. Weights there of another number of files go: they would be opened instead."""
-        there = self._ask(self.api.list_repo_files, revision=self.revision)
-        stale = [CommitOperationDelete(name) for name in there if WEIGHTS.fullmatch(name) and name not in contents]
+    def weights(self, besides):
+        """The files of weights there that would be opened, but for those of the names in `besides`."""
+        there = self._ask(self.api.model_info, revision=self.revision).siblings or ()
+        return [file.rfilename for file in there if WEIGHTS.fullmatch(file.rfilename) and file.rfilename not in besides]
+
+    def commit(self, contents, deleted):
+        """Upload everything, then commit it at once."""
+        stale = [CommitOperationDelete(name) for name in deleted]
         files = [CommitOperationAdd(name, it if isinstance(it, bytes) else str(it)) for name, it in sorted(contents.items())]
         message = "Upload a token-pruned model"
         return self._ask(

@@ -61,8 +61,11 @@ run("private", "writer", saved, "user/private", "--private", "--results", root /
 run("again", "writer", saved, "user/private")
 run("branch", "writer", root / "other", "user/private", "--revision", "other")
 run("shards", "writer", saved, "user/shards")
-run("more shards", "writer", root / "shards", "user/shards")
 api = HfApi(token="writer")
+for name in ("model.fp16.safetensors", "model_quantized.bin", "pytorch_model.bin"):
+    api.upload_file(repo_id="user/shards", path_in_repo=name, path_or_fileobj=b"a person's")
+for name, more in (("dry shards", ["--dry-run"]), ("more shards", [])):
+    run(name, "writer", root / "shards", "user/shards", *more)
 api.create_repo("user/public")
 run("public", "writer", saved, "user/public", "--private")
 text = "# Mine\\n\\nWritten by hand.\\n"
@@ -241,14 +244,16 @@ def test_a_branch_is_made(story):
 
 
 def test_weights_that_would_be_opened_instead_of_the_new_ones_go(story):
+    """And no others, which a person may have put there."""
     hub, reports = story
-    assert [reports["reports"][name]["status"] for name in ("shards", "more shards")] == [0, 0]
-    one, many = (
-        {name for name in files if "safetensors" in name} for _, files in hub.repositories["user/shards"].branches["main"]
-    )
-    assert one == {"model.safetensors"}
-    assert "model.safetensors" not in many
-    assert len(many) > 2
+    assert [reports["reports"][name]["status"] for name in ("shards", "dry shards", "more shards")] == [0, 0, 0]
+    one, *_, before, many = (set(files) for _, files in hub.repositories["user/shards"].branches["main"])
+    assert {name for name in one if "safetensors" in name} == {"model.safetensors"}
+    assert before - many == {"model.safetensors", "pytorch_model.bin"}
+    assert len({name for name in many if "safetensors" in name}) > 3
+    for name in ("dry shards", "more shards"):
+        said = [line for line in reports["reports"][name]["out"].splitlines() if line.startswith("deleted there: ")]
+        assert [line.split()[2] for line in said] == ["model.safetensors,", "pytorch_model.bin,"]
 
 
 def test_a_card_that_was_written_on_the_hub_stays(story):
@@ -337,12 +342,13 @@ def folder(tmp_path):
 
 
 def test_a_dry_run_shows_files_and_card_and_sends_nothing(folder, capsys):
-    """Tests run offline: had it asked the Hub anything, it would have failed."""
+    """Also where there is no network: tests run offline."""
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert cli.main(["push", str(folder), "user/name", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "# name" in said
     assert all(name in said for name in before)
+    assert "could not be seen" in said
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 

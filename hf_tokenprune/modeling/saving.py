@@ -10,7 +10,8 @@ from torch import distributed
 
 ASIDE = "_saving"  # neither published nor opened
 INDEX = ".safetensors.index.json"
-SHARD = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
+NUMBER = r"(-\d{5}-of-\d{5})?"  # of a file, where weights are in several
+SHARD = re.compile(rf"(.+?){NUMBER}\.safetensors")
 
 
 @contextlib.contextmanager
