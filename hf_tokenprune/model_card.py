@@ -87,7 +87,7 @@ def make_card(
         "plot": plot if evaluation.get("kept") else None,
         "made": _made(pruning, evaluation.get("kept", ())),
         "settings": json.dumps(pruning["method"], indent=2) if pruning.get("method") else None,
-        "plain": "" if sentence_class else _plain(pruning),
+        "plain": _plain(pruning),
         "hashes": "\n".join(f"{hashlib.sha256(content).hexdigest()}  {file}" for file, content in sorted(code.items())),
         "licence": f"The weights: {license}."
         if license

@@ -20,6 +20,7 @@ from .model_card import (
     FILE,
     PLOT,
     SECTION,
+    SENTENCE_CLASSES,
     base_of,
     code_of,
     draw,
@@ -42,6 +43,9 @@ EDITED = "edited"  # beside the fingerprints: a person has a part in the text
 BY_SENTENCE_TRANSFORMERS = "*Clearly define terms in order to be accessible across audiences.*"
 BY_TRAINER = "generated automatically according to the information the Trainer had access to"
 BY_TRANSFORMERS = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+
+# The code of sentence-transformers' own cards, which would open a dense model.
+THEIR_CODE = re.compile(rf'^(model = (?:{"|".join(SENTENCE_CLASSES)})\("[^"\n]*")\)$', re.M)
 
 METADATA = re.compile(r"\A\s*---\r?\n.*?\n---[ \t]*\r?\n", re.S)
 
@@ -70,6 +74,8 @@ def update(card: ModelCard, existing: str | None, append: bool = False, edited: 
         text = f"{theirs.text.rstrip()}\n\n{ours[0]}\n"
     else:
         text = card.text if _is_bare(theirs.text) else SECTION.sub(lambda _: ours[0], theirs.text, count=1)
+    if BY_SENTENCE_TRANSFORMERS in text:
+        text = THEIR_CODE.sub(r"\1, trust_remote_code=True)", text)
     old, new = theirs.data.to_dict(), card.data.to_dict()
     if has_our_index(old):
         old.pop("model-index", None)

@@ -2,17 +2,20 @@
 
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import pytest
+import sentence_transformers
 import torch
 from hub_server import run_as_writer, running_hub
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from test_trainers import encode, inside, save_models, trainer_for
+from test_trainers import PUBLISHED, encode, inside, save_models, trainer_for
 from training_helpers import at_home
 
 import hf_tokenprune as tp
 from hf_tokenprune.modeling.modeling_token_pruned import is_token_pruned
+from hf_tokenprune.readme import is_edited
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,10 @@ def saved(folders, tmp_path):
 
 
 def says_how(text):
-    return text.count("hf_tokenprune: begin") == 1 and "trust_remote_code=True" in text
+    """Does all code in a card open the model as it is: theirs, ours, and that of this package?"""
+    codes = re.findall("^model = .*", text, re.M)
+    as_it_is = ["trust_remote_code=True)" in code or "hf_tokenprune.sentence_transformers" in code for code in codes]
+    return text.count("hf_tokenprune: begin") == 1 and "Without `trust_remote_code`" in text and as_it_is == [True] * 3
 
 
 def plain(folders, head, place):
@@ -81,6 +87,25 @@ def test_a_saved_model_says_how_it_is_opened(saved, tmp_path):
     tp.detach(model)
     model.save(str(tmp_path / "dense"))
     assert (tmp_path / "dense" / "README.md").read_text() == "Written by me.\n"
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_the_code_of_their_own_cards_opens_the_model_as_it_is(folders, tmp_path, row):
+    """Wherever they say that the model is; the text around it stays, and none of it is a person's."""
+    trainer = trainer_for(row, folders, tmp_path, max_steps=3)
+    trainer.train()
+    file = tmp_path / "README.md"
+    for again in range(2):
+        trainer.save_model()
+        assert says_how(file.read_text())
+        if again:
+            trainer.create_model_card()
+            assert says_how(file.read_text())
+        assert not is_edited(file.read_text())
+    code = next(code for code in re.findall("^model = .*", file.read_text(), re.M))
+    names = vars(sentence_transformers).copy()
+    exec(re.sub('"[^"]*"', repr(str(tmp_path)), code), names)
+    assert is_token_pruned(inside(names["model"]))
 
 
 def test_their_trainers_card_is_made_once(folders, tmp_path, monkeypatch):
