@@ -4,6 +4,7 @@ import os
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import find_adapter_config_file
 
 from .errors import ConfigError, UnsupportedInputError, UnsupportedModelError
 from .modeling.modeling_token_pruned import token_pruned_class
@@ -50,10 +51,12 @@ def from_pretrained(folder_or_id, **kwargs):
     try:
         written, _ = PreTrainedConfig.get_config_dict(folder_or_id, **hub)
     except OSError as error:
+        refuse_adapter(folder_or_id, **hub)
         if os.path.isdir(folder_or_id):
             raise ConfigError(f"{folder_or_id} holds no model that can be read: {error}") from error
         raise ConfigError(f"{folder_or_id} is no folder here, and could not be got from the Hub: {error}") from error
     if not written:
+        refuse_adapter(folder_or_id, **hub)
         raise ConfigError(f"{folder_or_id} holds no model: its config.json is missing or empty.")
     _check_counts(written, folder_or_id)
     config = kwargs.pop("config", None) or folder_or_id
@@ -63,6 +66,20 @@ def from_pretrained(folder_or_id, **kwargs):
         config, kwargs = AutoConfig.from_pretrained(config, trust_remote_code=False, return_unused_kwargs=True, **kwargs)
         kwargs = {**hub, **kwargs, **dtype}
     return open_as(config, folder_or_id, **kwargs)
+
+
+def refuse_adapter(folder_or_id, **hub):
+    """Raise `ConfigError` if an adapter lies there, which is no model of its own; `hub`: of `from_pretrained`, those in `HUB`."""
+    try:
+        found = find_adapter_config_file(folder_or_id, **hub)
+    except (OSError, ValueError):  # neither a folder nor a repository
+        return
+    if found:
+        raise ConfigError(
+            f"{folder_or_id} holds an adapter, not a model. Merge it first: model = PeftModel.from_pretrained(base, "
+            f"{str(folder_or_id)!r}), which needs an import of hf_tokenprune if the adapter drops tokens, and "
+            "model.merge_and_unload().save_pretrained(folder), with its tokenizer; then name that folder."
+        )
 
 
 def open_as(config, folder_or_id, **kwargs):

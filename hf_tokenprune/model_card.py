@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from .errors import ConfigError
+from .loading import refuse_adapter
 from .methods import METHODS, ToP
 from .modeling.pruning_config import read_config
 from .results import told_busy
@@ -110,6 +111,8 @@ def read_folder(folder: Path) -> dict:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
+        if Path(folder).is_dir():
+            refuse_adapter(folder)
         raise ConfigError(f"{folder} holds no model: there is no config.json that can be read.") from None
     except ValueError as error:
         raise ConfigError(f"{file} is damaged: {error}.") from None

@@ -80,7 +80,7 @@ def update(card: ModelCard, existing: str | None, append: bool = False, edited: 
     if has_our_index(old):
         old.pop("model-index", None)
     old.pop(DATA, None)
-    tags = list(dict.fromkeys([*_list(old.pop("tags", None)), *new.pop("tags")]))
+    tags = list(dict.fromkeys([*_list(old.pop("tags", None)), *new.pop("tags", ())]))
     return _sealed(str(_with(theirs, {**new, **old, "tags": tags}, text)), edited or is_edited(existing))
 
 
@@ -98,7 +98,7 @@ def is_edited(text: str) -> bool:
 def is_changed(text: str) -> bool:
     """Has anybody but this package changed a text of README.md since this package or a Trainer wrote it, as far as can be told?"""
     section = SECTION.search(text)
-    if BY_TRANSFORMERS in text or _is_pefts(text):
+    if BY_TRANSFORMERS in text or (section is None and _is_pefts(text)):
         return False
     if section is None:
         return not _is_completed(text)

@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .adapter_card import describe_adapter
 from .model_card import FILE
 from .modeling.architectures import transformers_model
 from .modeling.modeling_token_pruned import as_published
@@ -43,6 +44,8 @@ def _create(trainer, create, *args, **kwargs):
         describe(
             transformers_model(trainer.model), folder, trainer.hub_model_id or trainer.args.hub_model_id, append=True, plot=True
         )
+    elif (folder / "adapter_config.json").exists():
+        describe_adapter(folder)
 
 
 def complete(model, folder, step=None):

@@ -27,8 +27,8 @@ LAYERS = (
     {"training"},
 )
 LEAVES = {
-    "__main__", "bench", "cli", "explain", "integrations", "model_card", "publish", "readme", "reporting", "results", "run",
-    "sample_text", "subject", "trainer_card",
+    "__main__", "adapter_card", "bench", "cli", "explain", "integrations", "model_card", "publish", "readme", "reporting", "results",
+    "run", "sample_text", "subject", "trainer_card",
 }  # fmt: skip
 MAY_IMPORT_LEAVES = {"training", *LEAVES}
 # triton comes with torch where there is a GPU, and kernels.py does without it elsewhere.

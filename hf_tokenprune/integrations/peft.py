@@ -28,6 +28,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from ..adapter_card import describe_adapter
 from ..errors import ConfigError, TrainingError
 from ..methods.infor_coef import InforCoef
 from ..methods.top import ToP
@@ -242,6 +243,7 @@ class TokenPruneConfig(PeftConfig):
     def save_pretrained(self, save_directory, **kwargs):
         """As `PeftConfig.save_pretrained`."""
         super().save_pretrained(save_directory, **_plain_mapping(kwargs))
+        describe_adapter(save_directory)
 
 
 class TokenPruneModel(PruningTuner, BaseTuner):
@@ -271,6 +273,7 @@ def pruning_config(dense_class):
             config = copy.copy(self)
             config.__class__, config.peft_type = dense_class, self.peft_type.removeprefix(f"{TYPE}_")
         dense_class.save_pretrained(config, save_directory, **_plain_mapping(kwargs))
+        describe_adapter(save_directory)
 
     members = {
         "__module__": __name__,
