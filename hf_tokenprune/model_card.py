@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -38,7 +38,7 @@ def make_card(
     *,
     name: str,
     repo_id: str | None = None,
-    base_model: str | None = None,
+    base_model: str | Sequence[str] | None = None,
     license: str | None = None,
     plot: str | None = None,
     sentence_class: str | None = None,
@@ -51,7 +51,7 @@ def make_card(
         evaluation: what was measured, see `results.py`.
         name: the title, and the model's name in the `model-index`.
         repo_id: where it is to be found on the Hub; by default the examples speak of a folder of that name.
-        base_model: the id of the model it was fine-tuned from.
+        base_model: the id of the model it was fine-tuned from, or the ids of several.
         license: of the weights, as the Hub names it, such as "apache-2.0".
         plot: a picture that lies beside it.
         sentence_class: the class of sentence-transformers that opens it, see `sentence_class_of`; None = transformers does.
@@ -64,6 +64,7 @@ def make_card(
     architecture = (config.get("architectures") or ["PreTrainedModel"])[0]
     tags = ["token-pruning", "custom_code", *(["structured-pruning"] if pruning.get("shapes") else [])]
     pipeline = _pipeline_of(architecture)
+    bases = as_list(base_model)
     known = {name: value for name, value in (("pipeline_tag", pipeline), (DATA, evaluation)) if value}
     data = ModelCardData(
         base_model=base_model,
@@ -80,7 +81,7 @@ def make_card(
     parts = {
         "name": name,
         "loading": _loading(sentence_class, next(iter(config.get("auto_map") or {}), "AutoModel"), repo_id or name),
-        "summary": _summary(architecture, pruning, evaluation, base_model),
+        "summary": _summary(architecture, pruning, evaluation, bases),
         "rows": _rows(evaluation),
         "tokens": f"on {evaluation['tokens']:.0f} tokens per text" if "tokens" in evaluation else "on the evaluation data",
         "max_length": f"{evaluation['max_length']} tokens" if "max_length" in evaluation else None,
@@ -92,7 +93,7 @@ def make_card(
         "hashes": "\n".join(f"{hashlib.sha256(content).hexdigest()}  {file}" for file, content in sorted(code.items())),
         "licence": f"The weights: {license}."
         if license
-        else f"The weights follow the licence of {base_model or 'their base model'}.",
+        else f"The weights follow the licence of {', '.join(bases) or 'their base model'}.",
         **(_times(latency) if latency else {}),
     }
     card = ModelCard.from_template(data, template_path=str(TEMPLATE), **parts)
@@ -162,17 +163,21 @@ def name_of(place: str | os.PathLike) -> str:
     return path.parent.name if re.fullmatch(r"checkpoint-\d+", path.name) else path.name
 
 
-def base_of(name: str | None) -> str | None:
-    """The id on the Hub of the model that a model was loaded from, if that can be told from `config.name_or_path`."""
+def base_of(name: str | None) -> str | list[str] | None:
+    """The id on the Hub (or ids) of what a model was loaded from, if that can be told from `config.name_or_path`."""
     if not name:
         return None
     if os.path.isdir(name):
         file = Path(name) / FILE
         if not file.is_file():
             return None
-        found = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.base_model
-        return found if isinstance(found, str) else None
+        return ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.base_model
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name) else None
+
+
+def as_list(value) -> list:
+    """An entry of the metadata that is one thing, several, or missing."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None or value == "" else [value]
 
 
 def has_our_index(data: Mapping) -> bool:
@@ -216,10 +221,9 @@ def _eval_results(evaluation, pipeline):
     ]
 
 
-def _summary(architecture, pruning, evaluation, base_model):
-    what = f"A `{architecture}`" + (
-        f", fine-tuned from [{base_model}](https://huggingface.co/{base_model})," if base_model else ""
-    )
+def _summary(architecture, pruning, evaluation, bases):
+    links = ", ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
+    what = f"A `{architecture}`" + (f", fine-tuned from {links}," if links else "")
     reduction = evaluation.get("reduction", {}).get("true_length")
     spends = f": {reduction:.2f} times fewer MACs than the dense model on the same texts" if reduction else ""
     target = (pruning.get("method") or {}).get("target_macs")

@@ -9,7 +9,7 @@ that.
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -21,6 +21,7 @@ from .model_card import (
     PLOT,
     SECTION,
     SENTENCE_CLASSES,
+    as_list,
     base_of,
     code_of,
     draw,
@@ -80,7 +81,7 @@ def update(card: ModelCard, existing: str | None, append: bool = False, edited: 
     if has_our_index(old):
         old.pop("model-index", None)
     old.pop(DATA, None)
-    tags = list(dict.fromkeys([*_list(old.pop("tags", None)), *new.pop("tags", ())]))
+    tags = list(dict.fromkeys([*as_list(old.pop("tags", None)), *new.pop("tags", ())]))
     return _sealed(str(_with(theirs, {**new, **old, "tags": tags}, text)), edited or is_edited(existing))
 
 
@@ -119,7 +120,7 @@ def write_card(
     folder: str | os.PathLike,
     evaluation: Mapping | None = None,
     *,
-    base_model: str | None = None,
+    base_model: str | Sequence[str] | None = None,
     append: bool = False,
     plot: bool = False,
     repo_id: str | None = None,
@@ -131,7 +132,7 @@ def write_card(
     Args:
         folder: where the model was saved.
         evaluation: what was measured, see `results.py`; by default what the present card says of the same weights.
-        base_model: the id of the model it was fine-tuned from.
+        base_model: the id of the model it was fine-tuned from, or the ids of several.
         append: also add the section to a README.md that has none.
         plot: draw `tokens_per_layer.png`, if matplotlib is installed.
         repo_id: where it is to be found on the Hub.
@@ -237,7 +238,3 @@ def _with(card, data, text):
         card.data.__dict__["model-index"] = index  # to the letter, also what ModelCardData would not read
     card.text = text
     return card
-
-
-def _list(value):
-    return [value] if isinstance(value, str) else list(value or ())
