@@ -27,6 +27,7 @@ SECTION = re.compile(
     r"<!-- hf_tokenprune: begin ?(?P<print>\w*) ?(?P<rest>\w*) ?(?P<edited>\w*) -->(?P<text>.*?)<!-- hf_tokenprune: end -->",
     re.S,
 )
+TAGS = ("token-pruning", "custom_code", "structured-pruning")  # the last where weights were cut
 SENTENCE_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 KNOWN = {kind.name: kind for kind in METHODS}
 
@@ -62,7 +63,7 @@ def make_card(
     pruning = read_config(config.get("token_pruning"))
     evaluation = dict(evaluation or {})
     architecture = (config.get("architectures") or ["PreTrainedModel"])[0]
-    tags = ["token-pruning", "custom_code", *(["structured-pruning"] if pruning.get("shapes") else [])]
+    tags = [*TAGS[:2], *TAGS[2:] * bool(pruning.get("shapes"))]
     pipeline = _pipeline_of(architecture)
     bases = as_list(base_model)
     known = {name: value for name, value in (("pipeline_tag", pipeline), (DATA, evaluation)) if value}

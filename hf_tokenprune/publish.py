@@ -192,9 +192,9 @@ def _is_kept(there, local, repo_id, pushed=None):
         return True
     if since and not lines_of(there) <= lines_of(local):
         raise ConfigError(
-            f"README.md has been edited both here and in {repo_id}, as far as can be told, and each has lines that the other lacks. "
-            "Put them together here, "
-            "so that no line of the one on the Hub is missing, or copy that one here; then push again."
+            f"README.md has been edited both here and in {repo_id}, as far as can be told, and each has lines, or metadata, "
+            "that the other lacks. Put them together here, so that nothing of the one on the Hub is missing, or copy that one here; "
+            "then push again."
         )
     return False
 

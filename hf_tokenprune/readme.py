@@ -21,6 +21,7 @@ from .model_card import (
     PLOT,
     SECTION,
     SENTENCE_CLASSES,
+    TAGS,
     as_list,
     base_of,
     code_of,
@@ -111,9 +112,13 @@ def is_changed(text: str) -> bool:
 
 
 def lines_of(text: str) -> set[str]:
-    """What a text of README.md says outside of our section and its metadata, line by line."""
-    body = SECTION.sub("", ModelCard(text, ignore_metadata_errors=True).text)
-    return {line.strip() for line in body.splitlines()} - {""}
+    """What a text of README.md says outside of our section and of what is ours among its metadata, line by line."""
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data = card.data.to_dict()
+    ours = {DATA, *(["model-index"] if has_our_index(data) else [])}
+    entries = {f"{name}: {value}" for name in data.keys() - ours for value in as_list(data[name])}
+    lines = {line.strip() for line in SECTION.sub("", card.text).splitlines()} - {""}
+    return lines | entries - {f"tags: {tag}" for tag in TAGS}
 
 
 def write_card(

@@ -27,6 +27,9 @@ def test_what_a_person_has_written_is_kept_at_either_place():
     plain, unknown = card_of("", seal=None), card_of("Maybe theirs.\n", section=False)
     one, other = card_of("One.\n", seal=False), card_of("Other.\n", seal=False)
     both, sealed = card_of("One.\nOther.\n", seal=False), card_of("One.\n")
+    # Metadata, as the Hub's own editor writes it.
+    of_paris, tagged = plain.replace("license: mit", "license: mit\nlanguage: fr"), plain.replace("- a\n", "- a\n- paris\n")
+    assert plain not in (of_paris, tagged)
     assert not is_changed(plain)
     assert is_changed(one)
     assert not is_changed(sealed)
@@ -38,6 +41,8 @@ def test_what_a_person_has_written_is_kept_at_either_place():
         (one, both): here, (both, sealed): there, (one, other): None, (other, sealed): None, (sealed, other): here,
         ("# Mine\n", plain): there, ("# Mine\n", one): None, (plain, "# Mine\n"): here,
         ("# Mine\nMore.\n", "# Mine\n"): there, ("# Mine\nMore.\n", "# Mine\nLess.\n"): None,
+        (of_paris, plain): there, (of_paris, one): None, (of_paris, of_paris + "One.\n"): here,
+        (tagged, one): None, (tagged, plain): there,
         (sealed, sealed.replace("One.\n", "")): here, (sealed, one): here,
     }  # fmt: skip
     for (hub, local), expected in table.items():
