@@ -62,9 +62,9 @@ def test_texts_that_come_in_one_row_are_refused():
     with pytest.raises(tp.errors.UnsupportedInputError, match="pass them padded"):
         model(input_ids=ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=7, max_length_k=7)
     causal = tp.pack(build("llama", "Model"))
-    places = torch.tensor([[*range(5), *range(7)]])
-    with pytest.raises(tp.errors.UnsupportedInputError, match="begin anew"):
-        causal(input_ids=ids, position_ids=places)
+    for places in ([*range(5), *range(7)], [0, *range(11)], [*range(5), *range(20, 27)]):
+        with pytest.raises(tp.errors.UnsupportedInputError, match="begin anew"):
+            causal(input_ids=ids, position_ids=torch.tensor([places]))
     causal(input_ids=ids, position_ids=torch.arange(12)[None])
 
 
