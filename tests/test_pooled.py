@@ -72,9 +72,10 @@ def test_a_causal_config_may_ask_for_attention_in_both_directions():
         dense["last_hidden_state"], outputs_of(build("llama", "Model"), inputs)["last_hidden_state"], atol=0.1
     )
     assert_same(outputs_of(tp.pack(model), inputs), dense)
-    model = build("gemma3", "Model", use_bidirectional_attention=True)
-    dense = outputs_of(model, inputs)
-    assert_same(outputs_of(tp.pack(model), inputs), dense)
+    for name, changes in (("gemma3", {"use_bidirectional_attention": True}), ("mistral", {"is_causal": False})):  # have windows
+        model = build(name, "Model", **changes)
+        dense = outputs_of(model, inputs)
+        assert_same(outputs_of(tp.pack(model), inputs), dense)
 
 
 # The last layer of a pooled head

@@ -38,7 +38,10 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     `attention_mask` is the layer call. A tensor or None there comes from a model that merely shares a packed model's config
     object; it is treated as transformers' own "sdpa" would treat it.
     """
-    causal = getattr(module, "is_causal", False) and getattr(getattr(module, "config", None), "is_causal", True)
+    built_causal = getattr(module, "is_causal", False)
+    causal = built_causal and getattr(getattr(module, "config", None), "is_causal", True)
+    if built_causal and not causal and sliding_window is not None:
+        sliding_window += 1  # transformers then also sees the token at just this distance
     if hasattr(attention_mask, "attend"):
         return attention_mask.attend(query, key, value, dropout, scaling, sliding_window, causal), None
     if attention_mask is not None and attention_mask.ndim == 2:
