@@ -279,4 +279,8 @@ def _attention_width(attention: nn.Module) -> int:
             f"The cost of {type(attention).__name__} is not known: none of {[name for name, _ in linears]} looks like the "
             "projection of its queries."
         )
+    if next(attention.children(), None) is not None:
+        raise UnsupportedModelError(
+            f"The cost of {type(attention).__name__} is not known: it holds no torch.nn.Linear (quantised, perhaps). Count before."
+        )
     return 0

@@ -200,3 +200,13 @@ def test_attention_without_queries_is_refused():
     del attention.query
     with pytest.raises(tp.errors.UnsupportedModelError, match="lookup"):
         cost.layer_costs(model)
+
+
+def test_attention_of_parts_that_are_not_known_is_refused_rather_than_free():
+    """As `torch.ao`'s quantised linears are."""
+    model = build("bert", "Model")
+    attention = model.encoder.layer[0].attention.self
+    for name in ("query", "key", "value"):
+        setattr(attention, name, torch.nn.Sequential())
+    with pytest.raises(tp.errors.UnsupportedModelError, match="holds no torch"):
+        cost.layer_costs(model)
