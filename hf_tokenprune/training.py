@@ -6,6 +6,7 @@ import math
 from importlib import import_module
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -358,7 +359,7 @@ class TokenPruneCallback(TrainerCallback):
         self.inner.token_pruner.evaluation = evaluation_of_log(history, prefix, metric, dense, unpruned)
 
     def _measure(self, pruner):
-        self.ran = True
+        self.ran = self.ran or torch.is_grad_enabled()  # not where a Trainer only looks at a batch
         self.meters[self.inner.training].update()
         if self.inner.training and self.settled is not None and self.objective.moment.phase == "settle":
             self.settled.update()

@@ -288,13 +288,13 @@ def test_a_loss_that_passes_by_the_gates_is_refused_in_the_first_step(tmp_path, 
 
 
 class NowAndThen(Trainer):
-    """It passes over a batch, and looks at the encoder besides."""
+    """It looks at each batch by the encoder, and passes over some."""
 
     def training_step(self, model, inputs, *args):
-        if self.state.global_step % 3 == 1:
-            return torch.zeros(())
         with torch.no_grad():
             model.bert(input_ids=inputs["input_ids"])
+        if self.state.global_step % 3 == 1:
+            return torch.zeros(())
         return super().training_step(model, inputs, *args)
 
 

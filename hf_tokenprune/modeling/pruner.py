@@ -282,7 +282,7 @@ class TokenPruner(nn.Module):
         if self.family.pools_last and given.get("attention_mask") is None and _begin_anew(given.get("position_ids")):
             raise UnsupportedInputError(
                 "position_ids begin anew within a row (a step is not 1): a packed model would read the texts in it as one. Pass one "
-                "text a row, with attention_mask."
+                "text a row, with attention_mask; also where this is one text."
             )
         ids = given.get("input_ids")
         is_ids = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
@@ -430,5 +430,5 @@ class TokenPruner(nn.Module):
 
 
 def _begin_anew(places):
-    """Are these `position_ids` of several texts in one row? transformers takes any step but 1 for the start of a text."""
+    """Are these `position_ids` of several texts in one row? Without a cache, any step but 1 is a text's start to transformers."""
     return places is not None and places.ndim == 2 and bool((places.diff(dim=-1) != 1).any())
