@@ -233,11 +233,12 @@ rows a method that was not measured on all tasks says on how many. The pages of 
   `top-lagrangian` is the default with the paper's way to hold the budget; `top-paper` is the paper's in all that ToP lets one choose.
 * `structured` is StructuredPruning, `structured+top` Compose of both, `infor-coef` InforCoef.
 
-Seeds 5 to 7 were run on a GPU, the others mostly on CPUs; machines round differently, so the dense model of a seed is not the same on
-all. Runs of seeds 5 to 7 name the dense model that they began from; of the others some, older ones, do not, and stand beside the dense
-run of their seed. Measured with older code: `top` on 20 Newsgroups and `top-alone`, before importance was taught what later layers
-hang on and sites shared the budget out by what they are worth; seeds 0 and 1 of SQuAD, before padding left its softmax, which changed
-nothing that could be measured ([`results/choices`](../results/choices)). SQuAD is trained on the questions about 44 articles."""
+Seeds 5 to 7 were run on a GPU, the others mostly on CPUs; machines round differently, so the dense model of a seed is not the same
+on all. Runs of seeds 5 to 7 name the dense model that they began from; of the others some, older ones, do not, and stand beside the
+dense run of their seed. Measured with older code: `top` on 20 Newsgroups and `top-alone`, before importance was taught what later
+layers hang on and sites shared the budget out by what they are worth; seeds 0 and 1 of SQuAD, before padding left its softmax,
+which changed nothing that could be measured ([`results/choices`](../results/choices)). SQuAD is trained on the questions about 44
+articles."""
 
 
 def index(runs):
