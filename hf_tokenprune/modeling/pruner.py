@@ -14,7 +14,7 @@ from torch import nn
 from .architectures import find_encoder, get_layers, is_sharded, reads_only_pooled
 from .attention import ATTENTION, register_attention
 from .calls import Forward, LayerCall, active
-from .errors import ConfigError, UnsupportedInputError
+from .errors import ConfigError, UnsupportedInputError, UnsupportedModelError
 from .packing import PackedBatch, check_not_empty
 from .padded import after_attention, before_attention, on_probabilities
 from .selection import SELECTORS
@@ -27,6 +27,19 @@ def forget_compiled():
     """Hooks come or go: what torch.compile has compiled before does not notice, and must be compiled anew."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def check_unshared(model):
+    """Raise `UnsupportedModelError` if the hooks of another model's pruner are on the encoder of this one."""
+    family, encoder = find_encoder(model)
+    own = getattr(model, "token_pruner", None)
+    owners = [getattr(hook, "__self__", None) for hook in get_layers(family, encoder)[0]._forward_pre_hooks.values()]
+    # By name: the code of a saved folder has a class of its own.
+    if any(type(owner).__name__ == TokenPruner.__name__ and owner is not own for owner in owners):
+        raise UnsupportedModelError(
+            f"The {type(encoder).__name__} in this {type(model).__name__} is packed already, through another model that it is a part "
+            "of, or was copied from. One encoder can be packed through one model: hf_tokenprune.detach that one first."
+        )
 
 
 class TokenPruner(nn.Module):
