@@ -45,6 +45,23 @@ def test_two_packed_models_that_share_a_config_detach_in_any_order(first):
     assert models[0].config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "llama", "vit"])
+def test_an_encoder_may_have_another_config_than_its_attention(name):
+    model, inputs = build(name, "Model"), make_inputs(name, "Model")
+    inner, model.config = model.config, copy.deepcopy(model.config)
+    model.config._attn_implementation_internal = "eager"
+    expected = outputs_of(model, inputs)
+    tp.pack(model)
+    twin = copy.deepcopy(model)
+    for packed in (model, twin, tp.pack(model)):
+        assert_same(outputs_of(packed, inputs), expected)
+    tp.detach(model)
+    assert (model.config._attn_implementation, inner._attn_implementation) == ("eager", "sdpa")
+    assert_same(outputs_of(model, inputs), expected)
+    assert_same(outputs_of(twin, inputs), expected)
+    assert_same(outputs_of(tp.detach(twin), inputs), expected)
+
+
 @pytest.mark.parametrize("how", ["a head", "the encoder itself", "a copy of the encoder"])
 def test_an_encoder_is_packed_through_one_model(how):
     one, other = build("bert", "ForSequenceClassification"), build("bert", "ForTokenClassification")

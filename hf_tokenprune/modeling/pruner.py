@@ -99,7 +99,7 @@ class TokenPruner(nn.Module):
         self.last_forward = None
         self.handles = []
         self.structure = None
-        self.dense_attention = None
+        self.dense_attention = []
         self.finds_spans = False
 
     def __getstate__(self):
@@ -175,9 +175,14 @@ class TokenPruner(nn.Module):
         """Hook the model that this pruner was made for, and switch its attention function."""
         _, encoder = find_encoder(model)
         layers = get_layers(self.family, encoder)
-        attention = encoder.config._attn_implementation
+        # The encoder's first. Mostly there is no other, but somebody may have given it one that its attention does not read.
+        configs = {
+            id(c): c for m in encoder.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")
+        }
+        names = [config._attn_implementation for config in configs.values()]
         # Already ours if another packed model has the same config object.
-        self.dense_attention = "sdpa" if attention == ATTENTION else attention
+        names = ["sdpa" if name == ATTENTION else name for name in names]
+        self.dense_attention = list(zip(configs.values(), names, strict=True))
         self._use_packed_attention(encoder)
         keep = self.handles.append
         if not self.alone:
@@ -218,13 +223,15 @@ class TokenPruner(nn.Module):
         self.handles = []
         forget_compiled()
         _, encoder = find_encoder(model, check=False)
-        encoder.config._attn_implementation_internal = self.dense_attention
+        for config, name in ((encoder.config, self.dense_attention[0][1]), *self.dense_attention):
+            config._attn_implementation_internal = name
 
     def _use_packed_attention(self, encoder):
         if self.family.probabilities:
             return
         register_attention()
-        encoder.config._attn_implementation_internal = ATTENTION
+        for config in (encoder.config, *(config for config, _ in self.dense_attention)):
+            config._attn_implementation_internal = ATTENTION
 
     @contextlib.contextmanager
     def head(self, model):
