@@ -315,11 +315,12 @@ def _loading(sentence_class, auto_class, where):
 
 
 def _plain(pruning):
+    without = "Without `trust_remote_code`, or by the Auto class of another head than the saved one,"
     if not pruning.get("shapes"):
         return (
-            "Without `trust_remote_code` the same call gives the plain class with the same weights, which reads all tokens; what it "
-            "says is not quite the same."
+            f"{without} the same call gives the plain class with the same weights, which reads all tokens; what it says is not quite "
+            "the same."
         )
     if pruning["shapes"]["dense"] and not pruning["shapes"]["restore"]:  # a plain config says what is left
-        return "Without `trust_remote_code` the same call gives the plain, smaller model, which reads all tokens."
-    return "Without `trust_remote_code` transformers refuses these weights: no plain config can say what was cut."
+        return f"{without} the same call gives the plain, smaller model, which reads all tokens."
+    return f"{without} transformers refuses these weights: no plain config can say what was cut."

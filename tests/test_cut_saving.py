@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers as hf
-from families import FAMILIES, make_inputs, outputs_of
+from families import FAMILIES, build, make_inputs, outputs_of
 from other_process import run_without_package
 from test_saving import outputs_as_given
 from test_shapes import CUTS, HEAD, IMAGES, TOKENS, assert_close, cut_model, half, samplers
@@ -13,6 +13,7 @@ from training_helpers import at_home
 from transformers.utils import logging
 
 import hf_tokenprune as tp
+from hf_tokenprune.errors import ConfigError
 from hf_tokenprune.modeling.sizes import sizes_of
 
 SAVED = {
@@ -125,3 +126,33 @@ def test_a_plain_auto_model_opens_what_a_plain_config_can_tell_and_refuses_the_r
     else:
         assert isinstance(plain, str), "a plain class opened what it cannot hold"
         assert "ismatch" in plain
+
+
+@pytest.mark.parametrize(("name", "what"), [("bert", "heads and hidden"), ("vit", "a layer"), ("siglip", "the first layer")])
+def test_what_a_plain_class_has_opened_still_knows_what_it_was_cut_from(tmp_path, name, what):
+    head = IMAGES if FAMILIES[name].images else HEAD
+    model = cut_model(name, head, what)
+    model.save_pretrained(tmp_path)
+    settings, macs = model.config.token_pruning, tp.cost.dense_macs(build(name, head), [7, 12])
+    plain = getattr(hf, "AutoModel" + head).from_pretrained(tmp_path).eval()
+    assert tp.cost.dense_macs(plain, [7, 12]) == macs
+    plain = getattr(hf, "AutoModel" + head).from_pretrained(tmp_path).eval()
+    assert tp.pack(plain).config.token_pruning == settings
+    assert tp.cost.dense_macs(plain, [7, 12]) == macs
+    plain.save_pretrained(tmp_path / "again")
+    again = tp.from_pretrained(tmp_path / "again")
+    assert again.config.token_pruning == settings
+    assert tp.cost.dense_macs(again, [7, 12]) == macs
+    assert_close(outputs_of(again, make_inputs(name, head)), outputs_of(model, make_inputs(name, head)), atol=0)
+
+
+def test_a_model_of_other_sizes_than_its_shape_map_says_is_refused_and_stays():
+    model = cut_model("bert", HEAD, "heads and hidden")
+    settings = model.config.token_pruning
+    other = build("bert", HEAD)
+    other.config.token_pruning = settings
+    before = type(other)
+    with pytest.raises(ConfigError, match=r"16 hidden units.*it has 32.*take token_pruning out of a copy"):
+        tp.pack(other)
+    assert type(other) is before
+    assert other.config.token_pruning is settings

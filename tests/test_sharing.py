@@ -12,6 +12,7 @@ from test_packing import assert_same
 from transformers import AttentionInterface
 
 import hf_tokenprune as tp
+from hf_tokenprune.errors import UnsupportedModelError
 from hf_tokenprune.modeling.spans import NOWHERE
 
 
@@ -42,6 +43,47 @@ def test_two_packed_models_that_share_a_config_detach_in_any_order(first):
         for model, expected in zip(models, dense, strict=True):
             assert_same(outputs_of(model, inputs), expected)
     assert models[0].config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "llama", "vit"])
+def test_an_encoder_may_have_another_config_than_its_attention(name):
+    model, inputs = build(name, "Model"), make_inputs(name, "Model")
+    inner, model.config = model.config, copy.deepcopy(model.config)
+    model.config._attn_implementation_internal = "eager"
+    expected = outputs_of(model, inputs)
+    tp.pack(model)
+    twin = copy.deepcopy(model)
+    for packed in (model, twin, tp.pack(model)):
+        assert_same(outputs_of(packed, inputs), expected)
+    tp.detach(model)
+    assert (model.config._attn_implementation, inner._attn_implementation) == ("eager", "sdpa")
+    assert_same(outputs_of(model, inputs), expected)
+    assert_same(outputs_of(twin, inputs), expected)
+    assert_same(outputs_of(tp.detach(twin), inputs), expected)
+
+
+@pytest.mark.parametrize("how", ["a head", "the encoder itself", "a copy of the encoder"])
+def test_an_encoder_is_packed_through_one_model(how):
+    one, other = build("bert", "ForSequenceClassification"), build("bert", "ForTokenClassification")
+    other.bert = one.bert
+    inputs = make_inputs("bert", "Model")
+    expected = [outputs_of(model, inputs) for model in (one, other)]
+    first = one.bert if how == "the encoder itself" else one
+    tp.attach(first, {1: tp.TopK(0.5)})
+    pruner, pruned = first.token_pruner, outputs_of(first, inputs)
+    if how == "a copy of the encoder":
+        other.bert = copy.deepcopy(one.bert)
+    with pytest.raises(UnsupportedModelError, match="is packed already, through another model"):
+        tp.pack(other)
+    assert not hasattr(other, "token_pruner")
+    assert first.token_pruner is pruner
+    assert_same(outputs_of(first, inputs), pruned)
+    assert_same(outputs_of(tp.attach(first, {1: tp.TopK(0.5)}), inputs), pruned)
+    tp.detach(first)
+    other.bert = one.bert
+    tp.pack(other)
+    for model, dense in zip((one, other), expected, strict=True):
+        assert_same(outputs_of(model, inputs), dense)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

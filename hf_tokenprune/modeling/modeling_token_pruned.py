@@ -22,7 +22,7 @@ from .architectures import is_sharded, transformers_model
 from .configs import restored, settle_config
 from .cutting import context_left, cut
 from .errors import ConfigError, TrainingError, UnsupportedModelError
-from .pruner import TokenPruner
+from .pruner import TokenPruner, check_unshared
 from .pruning_config import make_config, read_config
 from .saving import all_or_nothing
 from .selection import Selector
@@ -220,7 +220,7 @@ def attach(model, sites=(), protected_token_ids=(), method=None):
         The same model; the transformers model is now of class `TokenPruned<its class>`.
 
     Raises:
-        UnsupportedModelError: the model cannot be packed.
+        UnsupportedModelError: the model cannot be packed, or its encoder is that of another model which is packed.
         ConfigError: a site is not a layer where tokens can be dropped.
     """
     given, model = model, transformers_model(model)
@@ -258,7 +258,12 @@ def _look_again(wrapper):
 
 
 def mount(model, pruner, config):
-    """Put a pruner that was made for a transformers model in the place of whatever packs it now, with its `config.token_pruning`."""
+    """Put a pruner that was made for a transformers model in the place of whatever packs it now, with its `config.token_pruning`.
+
+    Raises:
+        UnsupportedModelError: the encoder is packed through another model.
+    """
+    check_unshared(model)
     detach(model)
     pruner.to(model.device).train(model.training)
     pruner.install(model)

@@ -14,7 +14,7 @@ from torch import nn
 from .architectures import find_encoder, get_layers, is_sharded, reads_only_pooled
 from .attention import ATTENTION, register_attention
 from .calls import Forward, LayerCall, active
-from .errors import ConfigError, UnsupportedInputError
+from .errors import ConfigError, UnsupportedInputError, UnsupportedModelError
 from .packing import PackedBatch, check_not_empty
 from .padded import after_attention, before_attention, on_probabilities
 from .selection import SELECTORS
@@ -27,6 +27,19 @@ def forget_compiled():
     """Hooks come or go: what torch.compile has compiled before does not notice, and must be compiled anew."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def check_unshared(model):
+    """Raise `UnsupportedModelError` if the hooks of another model's pruner are on the encoder of this one."""
+    family, encoder = find_encoder(model)
+    own = getattr(model, "token_pruner", None)
+    owners = [getattr(hook, "__self__", None) for hook in get_layers(family, encoder)[0]._forward_pre_hooks.values()]
+    # By name: the code of a saved folder has a class of its own.
+    if any(type(owner).__name__ == TokenPruner.__name__ and owner is not own for owner in owners):
+        raise UnsupportedModelError(
+            f"The {type(encoder).__name__} in this {type(model).__name__} is packed already, through another model that it is a part "
+            "of, or was copied from. One encoder can be packed through one model: hf_tokenprune.detach that one first."
+        )
 
 
 class TokenPruner(nn.Module):
@@ -86,7 +99,7 @@ class TokenPruner(nn.Module):
         self.last_forward = None
         self.handles = []
         self.structure = None
-        self.dense_attention = None
+        self.dense_attention = []
         self.finds_spans = False
 
     def __getstate__(self):
@@ -162,9 +175,14 @@ class TokenPruner(nn.Module):
         """Hook the model that this pruner was made for, and switch its attention function."""
         _, encoder = find_encoder(model)
         layers = get_layers(self.family, encoder)
-        attention = encoder.config._attn_implementation
+        # The encoder's first. Mostly there is no other, but somebody may have given it one that its attention does not read.
+        configs = {
+            id(c): c for m in encoder.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")
+        }
+        names = [config._attn_implementation for config in configs.values()]
         # Already ours if another packed model has the same config object.
-        self.dense_attention = "sdpa" if attention == ATTENTION else attention
+        names = ["sdpa" if name == ATTENTION else name for name in names]
+        self.dense_attention = list(zip(configs.values(), names, strict=True))
         self._use_packed_attention(encoder)
         keep = self.handles.append
         if not self.alone:
@@ -205,13 +223,15 @@ class TokenPruner(nn.Module):
         self.handles = []
         forget_compiled()
         _, encoder = find_encoder(model, check=False)
-        encoder.config._attn_implementation_internal = self.dense_attention
+        for config, name in ((encoder.config, self.dense_attention[0][1]), *self.dense_attention):
+            config._attn_implementation_internal = name
 
     def _use_packed_attention(self, encoder):
         if self.family.probabilities:
             return
         register_attention()
-        encoder.config._attn_implementation_internal = ATTENTION
+        for config in (encoder.config, *(config for config, _ in self.dense_attention)):
+            config._attn_implementation_internal = ATTENTION
 
     @contextlib.contextmanager
     def head(self, model):

@@ -30,14 +30,38 @@ SIZES = (
 
 
 def shape_map(model):
-    """The shape map of a model, or None if nothing was ever cut out of it."""
+    """The shape map of a model, or None if nothing was ever cut out of it.
+
+    Raises:
+        ConfigError: the config has the shape map of another model.
+    """
     _, encoder = find_encoder(model, check=False)
+    if not hasattr(encoder, "_cut"):
+        _recall(model, encoder)
     history = getattr(encoder, "_cut", None)
     if history is None:
         return None
     hidden, heads, units = sizes_of(model)
     layers = [{"layer": i, "heads": a, "units": f} for i, a, f in zip(history["layers"], heads, units, strict=True)]
     return {"hidden": hidden, "layers": layers, "dense": dict(history["dense"]), "restore": dict(history["restore"])}
+
+
+def _recall(model, encoder):
+    """Give a model that a plain transformers class has opened the history in its config, which that class does not read."""
+    settings = getattr(model.config, "token_pruning", None)
+    shapes = settings.get("shapes") if isinstance(settings, dict) else None
+    if shapes is None:
+        return
+    check_shapes(shapes)
+    said = shapes["hidden"], [entry["heads"] for entry in shapes["layers"]], [entry["units"] for entry in shapes["layers"]]
+    if said != (have := sizes_of(model)):
+        raise ConfigError(
+            f"config.token_pruning says that {said[0]} hidden units, heads {said[1]} and FFN units {said[2]} are left of this model, "
+            f"but it has {have[0]}, {have[1]} and {have[2]}. Open the folder with hf_tokenprune.from_pretrained; if this is another "
+            "model that merely has the same config, take token_pruning out of a copy of it."
+        )
+    layers = [entry["layer"] for entry in shapes["layers"]]
+    encoder._cut = {"layers": layers, "dense": dict(shapes["dense"]), "restore": dict(shapes["restore"])}
 
 
 def check_shapes(shapes):
