@@ -13,7 +13,6 @@ from training_helpers import at_home
 from transformers.utils import logging
 
 import hf_tokenprune as tp
-from hf_tokenprune.errors import ConfigError
 from hf_tokenprune.modeling.sizes import sizes_of
 
 SAVED = {
@@ -146,13 +145,10 @@ def test_what_a_plain_class_has_opened_still_knows_what_it_was_cut_from(tmp_path
     assert_close(outputs_of(again, make_inputs(name, head)), outputs_of(model, make_inputs(name, head)), atol=0)
 
 
-def test_a_model_of_other_sizes_than_its_shape_map_says_is_refused_and_stays():
-    model = cut_model("bert", HEAD, "heads and hidden")
-    settings = model.config.token_pruning
+def test_a_model_made_from_the_config_of_one_that_was_cut_is_whole():
+    """As where several methods are tried in turn."""
+    config = cut_model("bert", HEAD, "heads and hidden").config
     other = build("bert", HEAD)
-    other.config.token_pruning = settings
-    before = type(other)
-    with pytest.raises(ConfigError, match=r"16 hidden units.*it has 32.*take token_pruning out of a copy"):
-        tp.pack(other)
-    assert type(other) is before
-    assert other.config.token_pruning is settings
+    other.config.token_pruning = config.token_pruning
+    assert tp.cost.dense_layer_costs(other) == tp.cost.dense_layer_costs(build("bert", HEAD))
+    assert "shapes" not in tp.pack(other).config.token_pruning
