@@ -391,7 +391,7 @@ def test_the_rate_is_that_of_the_group_with_the_gates():
     pruner = model.token_pruner
     gates, scorers = list(pruner.training_state.parameters()), list(pruner.sites.parameters())
     optimizer = torch.optim.AdamW([{"params": scorers, "lr": 1e-2}, {"params": gates, "lr": 1e-4}])
-    assert group_of(optimizer, gates, [*gates, *scorers])["lr"] == 1e-4
+    assert group_of(optimizer, gates, [*gates, *scorers], given=True)["lr"] == 1e-4
 
 
 def test_after_surgery_a_site_is_taught_by_the_layer_that_it_was(monkeypatch):
